@@ -12,19 +12,13 @@ model also scores the quality R_Q of what is said, which keeps the play from fal
 On a CUDA GPU of 75 GiB or more these play the paper's game with Llama-3.2-3B-Instruct; elsewhere a toy game with the
 same code in under a minute. `--model`, `--reward` and `--help` lead on from there; `eval.py` measures and draws.
 
-    1 settings          Config: every flag, its default and why
-    2 prompts           Box 1 (Challenger), Box 3 (self-reward) and their parsers
-    3 arithmetic        Algorithm 1 as pure functions: advantages, KL, losses
-    4 log-probabilities a group as one row, the vocabulary in chunks
-    5 sampler           Hugging Face generate, every prompt computed once
-    6 rewards           a reward model, the self-reward, a function of your own
-    7 optimiser         AdamW with fp32 masters, or all in bf16 with stochastic rounding
-    8 update            one gradient step over both roles' groups
-    9 runs              folder, atomic checkpoints, logs
-   10 self-play         Algorithm 1, line by line
-   11 toy game          the paper's figures on a laptop
-   12 memory            --dry-run: what a run will need, before anything is loaded
-   13 command line
+    1 settings   Config: every flag and default   8 update       one gradient step, both roles
+    2 prompts    Box 1, Box 3, their parsers      9 runs         ranks, loading, checkpoints, logs
+    3 arithmetic Algorithm 1 as pure functions   10 self-play    Algorithm 1, line by line
+    4 log-probs  a group as one row              11 toy game     the paper's figures on a laptop
+    5 sampler    Hugging Face generate           12 memory       --dry-run: what a run will need
+    6 rewards    models, Box 3, your function    13 command line
+    7 optimiser  AdamW over bf16 weights
 
 What the paper leaves open is marked `# OPEN:` where it is decided: the length normalisation and the KL estimator
 (policy_loss, kl_penalty), the scale of R + R_Q (solver_advantage), sampling (sample), queries that are no good
@@ -32,8 +26,8 @@ What the paper leaves open is marked `# OPEN:` where it is decided: the length n
 """
 
 import argparse
-import contextlib
 import copy
+import functools
 import importlib.util
 import itertools
 import json
@@ -69,6 +63,7 @@ SAMPLE_TOKENS = 98304  # prompt and completion tokens in flight while sampling: 
 JUDGE_TOKENS = 256     # Box 3 asks for one sentence, a sum and a tag
 MAX_GRAD_NORM = 1.0    # the usual bound; logged before it is applied
 REWARD_MODEL = "Skywork/Skywork-Reward-V2-Llama-3.2-3B"  # the paper's
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 MAX_SKIPPED = 3        # updates in a row that may come out infinite or NaN before a run gives up
 
 
@@ -76,65 +71,54 @@ class UserError(Exception):
     """Something the user can put right: one line that names the flag, file or line at fault. Ends with exit code 2."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Settings
-# ---------------------------------------------------------------------------------------------------------------------
+# 1. Settings ---------------------------------------------------------------------------------------------------------
 
 TASK = ("Follow one instruction, of any kind that people bring to a text assistant: explaining, reasoning, planning, "
         "writing, coding, advice, mathematics.")
 
 
-def flag(default, help, toy=None, **more):
+def flag(default, help, toy=None, choices=None):
     """A command line flag; `toy` is its default in the toy game where that differs."""
-    return field(default=None if toy is not None else default, metadata=dict(real=default, toy=toy, help=help, **more))
+    metadata = dict(real=default, toy=default if toy is None else toy, help=help, choices=choices)
+    return field(default=default if toy is None else None, metadata=metadata)
 
 
 @dataclass
 class Config:
-    variant: str = flag("zero", "zero: zero-sum; lsp: with the self-reward R_Q; grpo: queries from a file",
-                        choices=("zero", "lsp", "grpo"))
+    variant: str = flag("zero", "zero: zero-sum; lsp: with R_Q; grpo: queries from a file", choices=("zero", "lsp", "grpo"))
     model: str = flag("", "Hugging Face id, folder (any run's checkpoint/ too) or `toy`; left out: Llama-3.2-3B-Instruct "
-                      "where a CUDA GPU has 75 GiB, else toy")
-    reward: str = flag("", "reward R: Hugging Face id or folder of a sequence classifier with one label, or "
-                       "FILE.py:FUNCTION; left out: the game's own (toy: the right product; Llama: Skywork's model)")
-    prompts: str = flag("", "grpo: queries from FILE.txt (one a line) or .json/.jsonl (`instruction`, optional `input`)")
-    # OPEN: the paper gives none of the numbers below. Right-hand defaults are TRL's of its time where TRL has one.
-    task: str = flag(TASK, "what the Challenger writes inputs for", toy="homework: the product of two digits, as in 7x8")
-    template: str = flag("<input>{input}</input>", "how the Challenger frames its input", toy="{input}")
-    iterations: int = flag(1500, "the paper shows queries up to 1500", toy=300)
+                          "where a CUDA GPU has 75 GiB, else toy")
+    reward: str = flag("", "Hugging Face id or folder of a sequence classifier with one label, or FILE.py:FUNCTION; left "
+                           "out: the toy's own, or Skywork-Reward-V2-Llama-3.2-3B")
+    prompts: str = flag("", "grpo: FILE.txt (a query a line), .json or .jsonl (`instruction`, optional `input`)")
+    # OPEN: the paper gives none of the numbers below. What TRL had at the time it gives: beta, G, lr, 512 tokens.
+    task: str = flag(TASK, "what the Challenger writes inputs for", toy="homework: the product of two digits, like 7x8")
+    template: str = flag("<input>{input}</input>", "the frame in which the Challenger writes", toy="{input}")
+    iterations: int = flag(1500, "updates; the paper shows queries up to 1500", toy=300)
     num_queries: int = flag(8, "N: queries an iteration", toy=32)
-    num_answers: int = flag(8, "G: answers a query", toy=8)
+    num_answers: int = flag(8, "G: answers a query")
     beta: float = flag(0.04, "weight of the KL to the reference", toy=0.1)
     alpha_ch: float = flag(1.0, "weight of the Challenger's loss", toy=0.3)
     lr: float = flag(1e-6, "learning rate of AdamW, constant", toy=1e-3)
     max_query_tokens: int = flag(256, "a query is cut off here", toy=6)
     max_answer_tokens: int = flag(512, "an answer is cut off here", toy=4)
-    temperature: float = flag(1.0, "sampling temperature, the scored distribution's too")
-    length_norm: str = flag("mean", "over a completion's tokens: mean (as TRL's GRPO) or sum (the paper's formula taken "
-                            "literally)", choices=("mean", "sum"))
-    optimizer_bits: int = flag(32, "32: fp32 master weights and moments; 16: all bf16 with stochastic rounding, 24 GiB "
-                               "less at 3B", choices=(32, 16))
-    update_tokens: int = flag(4096, "tokens a micro-batch of the update holds: memory against speed, not the gradient")
+    temperature: float = flag(1.0, "of sampling, and of the log-probabilities that are trained")
+    length_norm: str = flag("mean", "over a completion's tokens: mean (TRL's GRPO) or sum (the formula, literally)",
+                            choices=("mean", "sum"))
+    optimizer_bits: int = flag(32, "32: fp32 master weights and moments; 16: all bf16, rounded stochastically, 24 GiB less "
+                                   "at 3B", choices=(32, 16))
+    update_tokens: int = flag(4096, "tokens of a micro-batch: memory against speed; the gradient stays the same")
     out: str = flag("", "run folder; left out: a new one under runs/")
     resume: bool = flag(False, "go on with the run in --out")
     save_every: int = flag(100, "iterations between checkpoints")
-    seed: int = flag(0, "seed of everything random")
+    seed: int = flag(0, "of everything random")
     device: str = flag("", "cpu, cuda, cuda:1; left out: cuda where there is one")
-    dtype: str = flag("", "weights while training; left out: bfloat16 on a GPU, float32 on a CPU",
-                      choices=("float32", "bfloat16"))
+    dtype: str = flag("", "left out: bfloat16 on a GPU, float32 on a CPU", choices=("float32", "bfloat16"))
     dry_run: bool = flag(False, "print the memory that the run would need, and exit")
-    gpu_memory: float = flag(0.0, "--dry-run: GiB of the GPU to fit; left out: this machine's, or 79 (an 80 GB card)")
+    gpu_memory: float = flag(0.0, "--dry-run: GiB to fit into; left out: this GPU's, or 79 (an 80 GB card)")
 
 
-def resolve(config, toy):
-    """Fills in the defaults that differ between the toy game and a real model."""
-    unset = {f.name: f.metadata["toy" if toy else "real"] for f in fields(config) if getattr(config, f.name) is None}
-    return replace(config, **unset)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Prompts: Box 1, Box 3 and their parsers (our own words; the rules are the paper's)
-# ---------------------------------------------------------------------------------------------------------------------
+# 2. Prompts: Box 1, Box 3 and their parsers (our own words; the rules are the paper's) -------------------------------
 
 CHALLENGER_PROMPT = """\
 You write inputs that test a language assistant. Given a task and a template, write one input for that task.
@@ -231,9 +215,7 @@ def decode(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Algorithm 1's arithmetic: pure functions on tensors. R, R_Q: (N, G); N queries, G answers each.
-# ---------------------------------------------------------------------------------------------------------------------
+# 3. Algorithm 1's arithmetic: pure functions on tensors. R, R_Q: (N, G); N queries, G answers each. ------------------
 
 def group_value(rewards):
     """V(q_i) = (1/G) sum_j R(q_i, a_i^j), Algorithm 1 line 4. (N, G) -> (N,)"""
@@ -302,9 +284,7 @@ def self_play_loss(solver_loss, challenger_loss, alpha_ch):
     return solver_loss + alpha_ch * challenger_loss
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Log-probabilities: a group is one row, [prompt | completion 1 | ... | completion K]
-# ---------------------------------------------------------------------------------------------------------------------
+# 4. Log-probabilities: a group is one row, [prompt | completion 1 | ... | completion K] ------------------------------
 
 @dataclass
 class Group:
@@ -430,9 +410,7 @@ def check_rows(model, name):
                         f"logits (log-probabilities off by {worst:.2g}); it cannot be trained here")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Sampler: Hugging Face generate, drawing from exactly the distribution that is scored
-# ---------------------------------------------------------------------------------------------------------------------
+# 5. Sampler: Hugging Face generate, from exactly the distribution that is scored -------------------------------------
 
 def eos_ids(model, tokenizer):
     """Every token id that ends a turn: instruct models list several."""
@@ -441,31 +419,21 @@ def eos_ids(model, tokenizer):
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
-@contextlib.contextmanager
-def sampling_mode(model):
-    """Evaluation mode (gradient checkpointing would drop the KV cache) and none of the model's own sampling defaults,
-    which generate would fill in for every setting left unsaid."""
-    training, config = model.training, model.generation_config
-    model.eval()
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.train(training)
-        model.generation_config = config
-
-
+@torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, token_budget=SAMPLE_TOKENS):
     """One completion for each prompt (token ids), in their order: up to and with its first EOS, or cut off without one.
 
     # OPEN: training samples at temperature 1 with no top-k or top-p, from what is scored. Temperature 0 is greedy.
+    Leaves the model in evaluation mode: in training mode gradient checkpointing would drop the KV cache.
     """
+    model.eval()
     ends = eos_ids(model, tokenizer)
     settings = dict(do_sample=temperature > 0, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0])
     if temperature > 0:
         settings.update(temperature=temperature, top_k=0, top_p=1.0, repetition_penalty=1.0)
     completions = [None] * len(prompts)
-    with sampling_mode(model), torch.no_grad():
+    own_defaults, model.generation_config = model.generation_config, GenerationConfig()  # else they fill in the unsaid
+    try:
         for batch in batch_by_tokens([len(p) + max_new_tokens for p in prompts], token_budget):
             ids, mask, cache = prefill(model, [prompts[i] for i in batch])
             out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache,
@@ -473,6 +441,8 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, token_bud
             for i, new in zip(batch, out[:, ids.shape[1]:].tolist()):
                 end = next((n + 1 for n, token in enumerate(new) if token in ends), len(new))
                 completions[i] = new[:end]
+    finally:
+        model.generation_config = own_defaults
     return completions
 
 
@@ -482,33 +452,32 @@ def prefill(model, prompts):
     Equal prompts (a query's G copies) are one row; what all begin with (Box 1, the rubric of Box 3) is one row of its
     own. A row is [shared | padding | rest]; the mask hides the padding, and positions count what it leaves.
     """
-    unique = [list(p) for p in dict.fromkeys(map(tuple, prompts))]
-    row_of = {tuple(p): i for i, p in enumerate(unique)}
-    width = max(map(len, unique))
+    unique = list(dict.fromkeys(map(tuple, prompts)))
+    width, device = max(map(len, unique)), model.device
     shared = min(len(os.path.commonprefix(unique)), min(map(len, unique)) - 1)
-    device = model.device
-    ids = torch.tensor([p[:shared] + [0] * (width - len(p)) + p[shared:] for p in unique], device=device)
-    mask = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * (len(p) - shared) for p in unique], device=device)
+    padding = [width - len(p) for p in unique]
+    ids = torch.tensor([p[:shared] + (0,) * n + p[shared:] for p, n in zip(unique, padding)], device=device)
+    mask = torch.ones_like(ids)
+    for row, n in zip(mask, padding):
+        row[shared:shared + n] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
+    copies = torch.tensor([unique.index(tuple(p)) for p in prompts], device=device)
     cache = DynamicCache(config=model.config)
     if shared:
         model.base_model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
-        cache.batch_select_indices(torch.zeros(len(unique), dtype=torch.long, device=device))
+        cache.batch_select_indices(torch.zeros_like(ids[:, 0]))
     if shared < width - 1:
         model.base_model(input_ids=ids[:, shared:-1], attention_mask=mask[:, :-1], use_cache=True,
                          position_ids=positions[:, shared:-1], past_key_values=cache)
-    copies = torch.tensor([row_of[tuple(p)] for p in prompts], device=device)
     if width > 1:
         cache.batch_select_indices(copies)
     return ids[copies], mask[copies], cache
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Rewards. All have the shape of TRL's reward functions: reward(prompts=[...], completions=[...], **_) -> [float]
-# ---------------------------------------------------------------------------------------------------------------------
+# 6. Rewards: all TRL's reward functions in shape, reward(prompts=[...], completions=[...], **_) -> [float] -----------
 
 def as_text(message):
-    """A prompt or completion as text: strings as they are, TRL's conversations by their last message."""
+    """A prompt or completion as text: a string as it is, TRL's conversations by their last message."""
     return message if isinstance(message, str) else message[-1]["content"]
 
 
@@ -543,14 +512,14 @@ class RewardModel:
         chats = [[{"role": "user", "content": as_text(p)}, {"role": "assistant", "content": as_text(c)}]
                  for p, c in zip(prompts, completions)]
         ids = [encode_chat(self.tokenizer, chat, generation_prompt=False) for chat in chats]
-        # The score is read at the last token that is not the pad id, so the pad id must be one that ends no exchange.
+        # The score is read at the last token that is not the pad id, so that must be one that ends no exchange.
         self.model.config.pad_token_id = pad = next(i for i in range(len(ids) + 1) if i not in {row[-1] for row in ids})
         scores = [0.0] * len(ids)
         for batch in batch_by_tokens([len(row) for row in ids], SAMPLE_TOKENS // 8, fill=0.5):
-            width = len(ids[batch[0]])
-            rows = torch.tensor([ids[i] + [pad] * (width - len(ids[i])) for i in batch], device=self.model.device)
-            mask = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in batch], device=rows.device)
-            logits = self.model(input_ids=rows, attention_mask=mask).logits
+            rows = [ids[i] + [pad] * (len(ids[batch[0]]) - len(ids[i])) for i in batch]
+            mask = [[1] * len(ids[i]) + [0] * (len(ids[batch[0]]) - len(ids[i])) for i in batch]
+            logits = self.model(input_ids=torch.tensor(rows, device=self.model.device),
+                                attention_mask=torch.tensor(mask, device=self.model.device)).logits
             for i, score in zip(batch, logits[:, 0].tolist()):
                 scores[i] = score
         return scores
@@ -558,8 +527,8 @@ class RewardModel:
 
 def load_reward(spec, device, dtype):
     """--reward: FILE.py:FUNCTION, or a Hugging Face id or folder."""
-    path, colon, name = spec.rpartition(":")
-    if not (colon and path.endswith(".py")):
+    path, _, name = spec.rpartition(":")
+    if not path.endswith(".py"):
         return RewardModel(spec, device, dtype)
     if not Path(path).is_file():
         raise UserError(f"--reward {spec}: there is no file {path}")
@@ -575,33 +544,30 @@ def load_reward(spec, device, dtype):
 
 
 def score(reward, queries, answers):
-    """Calls a reward on every (query, answer); checks what comes back. N texts, N x G texts -> (N, G), fp32"""
+    """A reward's values for N queries with G answers each, checked: N rows of G floats."""
     prompts = [query for query, group in zip(queries, answers) for _ in group]
     completions = [answer for group in answers for answer in group]
     name = getattr(reward, "__name__", type(reward).__name__)
     try:
         values = list(reward(prompts=prompts, completions=completions))
-    except UserError:
-        raise
-    except torch.OutOfMemoryError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the user's function raises
-        raise UserError(f"--reward {name} raised {type(error).__name__}: {error}") from error
+        raise UserError(f"--reward {name} raised {type(error).__name__}: {first_line(error)}") from error
     if len(values) != len(prompts):
         raise UserError(f"--reward {name} returned {len(values)} rewards for {len(prompts)} completions")
     for row, value in enumerate(values):
-        if not isinstance(value, (int, float)) and not hasattr(value, "__float__") or not math.isfinite(value):
-            raise UserError(f"--reward {name} returned {value!r} in row {row}, for the prompt {prompts[row][:60]!r} and "
-                            f"the completion {completions[row][:60]!r}; every reward must be a finite number")
-    return torch.tensor([float(value) for value in values]).view(len(queries), -1)
+        if not hasattr(value, "__float__") or not math.isfinite(value):
+            raise UserError(f"--reward {name} returned {value!r} in row {row} (prompt {prompts[row][:60]!r}, completion "
+                            f"{completions[row][:60]!r}); every reward must be a finite number")
+    size = len(answers[0])
+    return [[float(value) for value in values[i:i + size]] for i in range(0, len(values), size)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Optimiser
-# ---------------------------------------------------------------------------------------------------------------------
+# 7. Optimiser --------------------------------------------------------------------------------------------------------
 
 def stochastic_round(x, generator=None):
-    """fp32 -> bf16, up or down with probabilities that make the result right on average."""
+    """fp32 -> bf16, up or down with the probabilities that make the result right on average."""
     noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     return ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32).bfloat16()
 
@@ -609,39 +575,42 @@ def stochastic_round(x, generator=None):
 class AdamW:
     """torch's AdamW a parameter at a time, so that no fp32 copy of more than one tensor comes and goes.
 
-    bits 32: moments in fp32, and a fp32 master of every bf16 weight: an update of 1e-6 is below half a bf16 step of
-    most weights and would be lost. bits 16: weights and moments in bf16, rounded stochastically, so that small updates
-    are made now and then instead of never (a bf16 second moment times 0.999 would not decay either).
+    bits 32: moments in fp32, and a fp32 master of every bf16 weight: a step of 1e-6 is below half a bf16 step of most
+    weights and would be lost. bits 16: weights and moments in bf16, rounded stochastically, so that small steps are
+    taken now and then instead of never (nor would a bf16 second moment times 0.999 ever decay).
     """
 
     def __init__(self, parameters, lr, bits=32):
         self.parameters, self.lr, self.bits, self.steps = list(parameters), lr, bits, 0
         kind = torch.float32 if bits == 32 else torch.bfloat16
         self.state = [(p.detach().to(kind), torch.zeros_like(p, dtype=kind), torch.zeros_like(p, dtype=kind))
-                      for p in self.parameters]  # weight (the parameter itself where the dtype is the same), m, v
+                      for p in self.parameters]  # (weight, m, v); the weight is the parameter itself if its dtype fits
 
     @torch.no_grad()
     def step(self, scale=1.0):
         """One step along the gradients times `scale`; frees them."""
         for index, (p, state) in enumerate(zip(self.parameters, self.state)):
             w, m, v = (x.float() for x in state)  # the stored tensors themselves where they are fp32
-            steps = torch.tensor(float(self.steps), device=p.device)
-            adamw([w], [p.grad.float() * scale], [m], [v], [], [steps], amsgrad=False, beta1=0.9, beta2=0.999,
-                  lr=self.lr, weight_decay=0.0, eps=1e-8, maximize=False, fused=True)
-            if self.bits == 16:  # a generator of its own: every rank must round alike
+            adamw([w], [p.grad.float() * scale], [m], [v], [], [torch.tensor(float(self.steps), device=p.device)],
+                  fused=True, amsgrad=False, beta1=0.9, beta2=0.999, lr=self.lr, weight_decay=0.0, eps=1e-8, maximize=False)
+            if self.bits == 16:  # with a generator of its own, as every rank must round alike
                 generator = torch.Generator(p.device).manual_seed(self.steps * len(self.parameters) + index)
                 for stored, new in zip(state, (w, m, v)):
                     stored.copy_(stochastic_round(new, generator))
-            elif p.dtype != w.dtype:
-                p.copy_(w)
+            p.copy_(state[0])
             p.grad = None
         self.steps += 1
+
+    def zero_grad(self):
+        for p in self.parameters:
+            p.grad = None
 
     def state_dict(self):
         return {"steps": self.steps, "state": self.state}
 
     @torch.no_grad()
     def load_state_dict(self, saved):
+        """Takes moments and weights back to the saved ones."""
         self.steps = saved["steps"]
         for p, mine, theirs in zip(self.parameters, self.state, saved["state"], strict=True):
             for stored, new in zip(mine, theirs, strict=True):
@@ -649,32 +618,33 @@ class AdamW:
             p.copy_(mine[0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. Update: one gradient step over both roles' groups
-# ---------------------------------------------------------------------------------------------------------------------
+# 8. Update: one gradient step over both roles' groups ----------------------------------------------------------------
+
+ROLES = ("solver", "challenger")
+
 
 def accumulate_gradients(model, reference, groups, config, totals):
     """Adds the gradient of L over `groups` to the model's; returns sums for the log.
 
     totals: sequences of each role in the whole batch {"solver": N G, "challenger": N}. All is divided by these, so
-    neither the split into micro-batches nor the ranks changes the gradient.
+    neither the split into micro-batches nor the ranks change the gradient.
     """
     parts = [part for group in groups for part in split_group(group, config.update_tokens)]
-    sums = {f"{what}_{role}": 0.0 for role in totals for what in ("kl", "log_prob", "tokens")} | {"loss": 0.0}
+    sums = {"loss": 0.0} | {f"{what}_{role}": 0.0 for role in ROLES for what in ("kl", "log_prob", "tokens")}
     for batch in batch_by_tokens([part.tokens for part in parts], config.update_tokens, fill=0.5):
         rows = lay_out([parts[i] for i in batch], model.dtype, model.device)
         with torch.no_grad():
             ref_log_probs = completion_log_probs(reference, rows, config.temperature)
         log_probs = completion_log_probs(model, rows, config.temperature)
-        losses = {}
-        for role, of_role in (("solver", ~rows.challenger), ("challenger", rows.challenger)):
+        losses = []
+        for role, of_role in zip(ROLES, (~rows.challenger, rows.challenger)):
             pi, ref, mask = log_probs[of_role], ref_log_probs[of_role], rows.mask[of_role]
-            losses[role] = policy_loss(pi, ref, rows.advantage[of_role], mask, config.beta, config.length_norm,
-                                       totals[role])
+            losses.append(policy_loss(pi, ref, rows.advantage[of_role], mask, config.beta, config.length_norm,
+                                      totals[role]))
             sums[f"kl_{role}"] += kl_penalty(pi.detach(), ref)[mask].sum().item()
             sums[f"log_prob_{role}"] += pi.detach()[mask].sum().item()
             sums[f"tokens_{role}"] += mask.sum().item()
-        loss = self_play_loss(losses["solver"], losses["challenger"], config.alpha_ch)
+        loss = self_play_loss(*losses, config.alpha_ch)
         loss.backward()
         sums["loss"] += loss.item()
     return sums
@@ -682,82 +652,76 @@ def accumulate_gradients(model, reference, groups, config, totals):
 
 def update(model, reference, optimizer, groups, config):
     """Algorithm 1, lines 6 and 7: one step down the gradient of L. Returns the numbers for the log."""
-    share = torch.tensor([sum(len(g.completions) for g in groups if g.role == r) for r in ("solver", "challenger")])
-    totals = dict(zip(("solver", "challenger"), all_reduce(share).clamp(min=1).tolist()))
+    counts = torch.tensor([sum(len(g.completions) for g in groups if g.role == role) for role in ROLES])
+    totals = dict(zip(ROLES, all_reduce(counts).clamp(min=1).tolist()))
     model.train()  # for gradient checkpointing; every dropout is 0
     try:
         sums = accumulate_gradients(model, reference, groups, config, totals)
     except torch.OutOfMemoryError:
-        sums = None
-    if sums is None:  # outside the except clause, which would keep the failed attempt's tensors alive
-        for p in optimizer.parameters:
-            p.grad = None
+        sums = None  # what is left to do waits until the error and the tensors it holds are gone
+    if sums is None:
+        optimizer.zero_grad()
         torch.cuda.empty_cache()
         config.update_tokens //= 2
         tqdm.write(f"out of memory in the update: going on with --update-tokens {config.update_tokens}")
         sums = accumulate_gradients(model, reference, groups, config, totals)
     model.eval()
     sums = dict(zip(sums, all_reduce(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()))
-    for p in optimizer.parameters:
-        all_reduce(p.grad)
-    norm = torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in optimizer.parameters]).norm().item()
+    grads = [all_reduce(p.grad) for p in optimizer.parameters]
+    norm = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]).norm().item()
     skipped = not math.isfinite(norm + sums["loss"])
-    if skipped:  # a step along a NaN would spoil every weight
-        for p in optimizer.parameters:
-            p.grad = None
-    else:
+    if not skipped:  # a step along a NaN would spoil every weight
         optimizer.step(scale=min(1.0, MAX_GRAD_NORM / (norm + 1e-6)))
+    optimizer.zero_grad()
     stats = {"loss": sums["loss"], "grad_norm": norm, "skipped": int(skipped)}
-    for role in totals:
+    for role in ROLES:
         tokens = sums[f"tokens_{role}"]
         stats[f"kl_{role}"] = sums[f"kl_{role}"] / tokens if tokens else None
         stats[f"entropy_{role}"] = -sums[f"log_prob_{role}"] / tokens if tokens else None
-    return stats
+    return {key: value if value is None or math.isfinite(value) else None for key, value in stats.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 9. Runs: ranks, loading, the run folder
-# ---------------------------------------------------------------------------------------------------------------------
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
+# 9. Runs: ranks, loading, the run folder -----------------------------------------------------------------------------
 
 def all_reduce(tensor):
-    """The tensor's sum over the ranks, in place; returns it."""
-    if world() > 1:
-        device = tensor.device if dist.get_backend() == "gloo" else torch.device("cuda")
-        on_device = tensor.to(device)
-        dist.all_reduce(on_device)
-        tensor.copy_(on_device)
+    """The tensor's sum over the ranks."""
+    if WORLD > 1:
+        here = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(here)
+        tensor.copy_(here)
     return tensor
 
 
 def gather(items):
     """The ranks' lists as one, in rank order, on every rank."""
-    lists = [items]
-    if world() > 1:
-        dist.all_gather_object(lists := [None] * world(), items)
+    lists = [items] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
 
 
-def say(text=""):
-    if rank() == 0:
+def say(text):
+    if RANK == 0:
         tqdm.write(text)
 
 
-def load_tokenizer(name, flag="--model"):
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+
+
+def from_hub(flag, name, load, **options):
+    """load(name, **options) from a folder or the Hugging Face hub; what goes wrong is told in a line."""
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UserError(f"{flag} {name}: the folder holds no model (no config.json)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{flag} {name}: no such folder, and the Hugging Face hub does not give it "
+        return load(name, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{flag} {name}: neither a folder with a model nor to be had from the Hugging Face hub "
                         f"({first_line(error)})") from error
+
+
+def load_tokenizer(name, flag="--model"):
+    tokenizer = from_hub(flag, name, AutoTokenizer.from_pretrained)
     if not tokenizer.chat_template:
         raise UserError(f"{flag} {name}: its tokenizer has no chat template; use an instruction-tuned model")
     return tokenizer
@@ -765,28 +729,19 @@ def load_tokenizer(name, flag="--model"):
 
 def load(auto_class, name, flag, device, dtype):
     """A model in evaluation mode, every dropout 0, so that what is sampled is what is scored."""
-    try:
-        config = AutoConfig.from_pretrained(name)
-        for key in vars(config):
-            if "drop" in key and isinstance(getattr(config, key), float):
-                setattr(config, key, 0.0)
-        model, info = auto_class.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{flag} {name}: cannot load it: {first_line(error)}") from error
+    config = from_hub(flag, name, AutoConfig.from_pretrained)
+    for key in [key for key, value in vars(config).items() if "drop" in key and isinstance(value, float)]:
+        setattr(config, key, 0.0)
+    model, info = from_hub(flag, name, auto_class.from_pretrained, config=config, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
         raise UserError(f"{flag} {name}: has no weights for {', '.join(sorted(info['missing_keys'])[:3])}: the wrong "
                         f"kind of model for {auto_class.__name__}?")
     return model.to(device).eval()
 
 
-def load_model(name, device, dtype, flag="--model"):
+def load_model(name, device, dtype):
     """(causal language model, tokenizer) of a Hugging Face id or folder."""
-    tokenizer = load_tokenizer(name, flag)
-    return load(AutoModelForCausalLM, name, flag, device, dtype), tokenizer
-
-
-def first_line(error):
-    return str(error).strip().split("\n")[0][:200]
+    return load(AutoModelForCausalLM, name, "--model", device, dtype), load_tokenizer(name)
 
 
 def write_atomically(path, text):
@@ -799,65 +754,55 @@ def write_atomically(path, text):
     os.replace(new, path)
 
 
-def append_jsonl(path, rows):
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
 def read_jsonl(path):
     """The rows of a .jsonl file; a last line that a kill cut off is left out."""
     lines = Path(path).read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line.strip()]
 
 
+LOGS = ("metrics.jsonl", "plays.jsonl")
+
+
 def save_checkpoint(folder, model, tokenizer, optimizer, iteration):
     """Weights (Hugging Face format) and trainer.pt in a folder of their own, then `checkpoint` is pointed at it: a
     rename, so whatever happens there is a whole checkpoint, and the one before goes only after that."""
-    final = folder / f"checkpoint-{iteration:06d}"
-    new = folder / f"{final.name}.tmp"
-    sizes = {name: (folder / name).stat().st_size for name in ("metrics.jsonl", "plays.jsonl")}
+    final, link = folder / f"checkpoint-{iteration:06d}", folder / "checkpoint.tmp"
     try:
-        for leftover in (new, final):
-            shutil.rmtree(leftover, ignore_errors=True)
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        trainer = {"iteration": iteration, "optimizer": optimizer.state_dict(), "sizes": sizes}
-        torch.save(trainer, new / "trainer.pt")
-        os.replace(new, final)
+        shutil.rmtree(final, ignore_errors=True)  # of a run that was killed here
+        model.save_pretrained(final)
+        tokenizer.save_pretrained(final)
+        sizes = {name: (folder / name).stat().st_size for name in LOGS}
+        torch.save({"iteration": iteration, "sizes": sizes, "optimizer": optimizer.state_dict()}, final / "trainer.pt")
         os.sync()
-        link = folder / "checkpoint.tmp"
         link.unlink(missing_ok=True)
         link.symlink_to(final.name)
         os.replace(link, folder / "checkpoint")
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(new, ignore_errors=True)
-        raise UserError(f"--out {folder}: cannot save iteration {iteration} ({first_line(error)}); make room and go on "
-                        "with --resume: the checkpoint before, if any, is whole") from error
+        shutil.rmtree(final, ignore_errors=True)
+        raise UserError(f"--out {folder}: cannot save iteration {iteration} ({first_line(error)}). Is the disk full? Make "
+                        "room and go on with --resume: the checkpoint before is whole") from error
     for old in folder.glob("checkpoint-*"):
         if old != final:
             shutil.rmtree(old, ignore_errors=True)
 
 
 def load_checkpoint(folder, optimizer):
-    """Takes the optimiser and the logs back to the checkpoint; returns its iteration, 0 where there is none yet."""
-    trainer = {"iteration": 0, "sizes": {"metrics.jsonl": 0, "plays.jsonl": 0}}
-    if (folder / "checkpoint").exists():
+    """Takes weights, optimiser and logs back to the checkpoint; returns its iteration, 0 where there is none yet."""
+    trainer, path = {"iteration": 0, "sizes": dict.fromkeys(LOGS, 0)}, folder / "checkpoint" / "trainer.pt"
+    if path.parent.is_symlink():
         try:
-            trainer = torch.load(folder / "checkpoint" / "trainer.pt", map_location="cpu", weights_only=True)
+            trainer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             optimizer.load_state_dict(trainer["optimizer"])
         except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"--resume: {folder / 'checkpoint' / 'trainer.pt'} cannot be read ({first_line(error)}); "
-                            "start again from its weights with --model and another --out") from error
-    if rank() == 0:
-        for name, size in trainer["sizes"].items():  # iterations after the checkpoint will be played again
-            with open(folder / name, "ab") as file:
-                file.truncate(size)
+            raise UserError(f"--resume: {path} cannot be read ({first_line(error)}); begin a new run from its weights: "
+                            f"--model {path.parent} --out ANOTHER") from error
+    for name, size in trainer["sizes"].items() if RANK == 0 else ():  # what came after will be played again
+        with open(folder / name, "ab") as file:
+            file.truncate(size)
     return trainer["iteration"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 10. Self-play: Algorithm 1
-# ---------------------------------------------------------------------------------------------------------------------
+# 10. Self-play: Algorithm 1 ------------------------------------------------------------------------------------------
 
 @dataclass
 class Game:
@@ -885,124 +830,116 @@ def draw_queries(game, config, iteration, box1, share):
     return queries, []
 
 
-def gather_rows(rewards):
-    """The ranks' (n, G) rewards as one (N, G), on every rank, so that group means are over all of them."""
-    return torch.tensor(gather(rewards.tolist()))
-
-
-def play_records(iteration, queries, answers, R, R_Q):
-    """The iteration's plays (q, a, R, R_Q, V, V_Q), one for each query, as plays.jsonl keeps them."""
-    V, V_Q = group_value(R).tolist(), group_value(R_Q).tolist() if R_Q is not None else [None] * len(R)
-    R, R_Q = R.tolist(), R_Q.tolist() if R_Q is not None else V_Q
-    return [{"iteration": iteration, "query": q, "answers": a, "R": R[i], "R_Q": R_Q[i], "V": V[i], "V_Q": V_Q[i]}
-            for i, (q, a) in enumerate(zip(queries, answers))]
-
-
-def show_play(play):
-    """A play on two lines, what a model wrote shortened and stripped of control characters."""
-    text = lambda s, n: "".join(c if c.isprintable() else " " for c in s)[:n]
-    best = max(range(len(play["R"])), key=lambda j: play["R"][j])
-    quality = "" if play["V_Q"] is None else f"  V_Q {play['V_Q']:.2f}"
-    return f"V {play['V']:7.2f}{quality}  {text(play['query'], 200)}\n{'':11}-> {text(play['answers'][best], 200)}"
-
-
-def share_distinct(items):
-    return len(set(items)) / len(items) if items else None
-
-
-def metrics(game, config, plays, answer_ids, stats, times, solver_rewards):
-    """A line of metrics.jsonl; the README has a sentence on each number."""
-    queries = [play["query"] for play in plays]
-    tokens = [game.tokenizer(q, add_special_tokens=False)["input_ids"] for q in queries]
-    lengths = [len(a) for group in answer_ids for a in group]
-    ends = eos_ids(game.model, game.tokenizer)
-    mean = lambda values: sum(values) / len(values)
-    seconds = [after - before for before, after in zip(times, times[1:])]
-    return {
-        "iteration": plays[0]["iteration"], "reward": mean([play["V"] for play in plays]),
-        "quality": mean([play["V_Q"] for play in plays]) if plays[0]["V_Q"] is not None else None,
-        **stats, "answer_tokens": mean(lengths), "query_tokens": mean([len(t) for t in tokens]),
-        "truncated": mean([a[-1] not in ends for group in answer_ids for a in group]),
-        "flat_groups": mean([len(set(row)) == 1 for row in solver_rewards.tolist()]),
-        "distinct_queries": share_distinct(queries),
-        "distinct_bigrams": share_distinct([pair for t in tokens for pair in zip(t, t[1:])]),
-        "judge_failures": getattr(game.quality, "failures", 0),
-        **(game.probe(game.model, game.tokenizer, queries) if game.probe else {}),
-        "seconds": times[-1] - times[0], "seconds_sample": seconds[0], "seconds_reward": seconds[1],
-        "seconds_update": seconds[2],
-    }
-
-
-class StopSignal:
-    """Ctrl-C asks for a stop after the iteration; a second one stops at once."""
-
-    def __init__(self):
-        self.asked = False
-        signal.signal(signal.SIGINT, self.ask)
-
-    def ask(self, *_):
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        say("stopping after this iteration, which is then saved (Ctrl-C again: at once, back to the last checkpoint)")
-
-
-def keep(game, config, folder, stats, plays, bar, last):
-    """Logs an iteration, saves now and then, and shows the best and the worst play every so often."""
-    done = stats["iteration"] + 1
-    if rank() == 0:
-        append_jsonl(folder / "plays.jsonl", plays)
-        append_jsonl(folder / "metrics.jsonl", [stats])
-        shown = {"reward": "reward", "quality": "quality", "KL Sol": "kl_solver", "KL Ch": "kl_challenger", "acc": "accuracy"}
-        bar.set_postfix_str(", ".join(f"{k} {stats[v]:.3g}" for k, v in shown.items() if stats.get(v) is not None))
-        if done % max(1, config.iterations // 5) == 0:
-            ordered = sorted(plays, key=lambda play: play["V"])
-            say(f"iteration {done}\n  best   {show_play(ordered[-1])}\n  worst  {show_play(ordered[0])}")
-        if done % config.save_every == 0 or last:
-            save_checkpoint(folder, game.model, game.tokenizer, game.optimizer, done)
+def draw_answers(game, config, prompts):
+    """G answers for each prompt: lists of G completions' ids."""
+    G = config.num_answers
+    ids = sample(game.model, game.tokenizer, [p for p in prompts for _ in range(G)], config.max_answer_tokens,
+                 config.temperature)
+    return [ids[i:i + G] for i in range(0, len(ids), G)]
 
 
 def self_play(game, config, folder, start=0):
-    """Algorithm 1, from iteration `start`. Every rank plays its share of the N queries; all know all rewards."""
+    """Algorithm 1, from iteration `start`. Each rank plays its share of the N queries; rewards are gathered from all."""
     box1 = encode_chat(game.tokenizer, challenger_messages(config.task, config.template))
-    share = range(rank() * config.num_queries // world(), (rank() + 1) * config.num_queries // world())
-    skipped, stop = 0, StopSignal()
-    bar = tqdm(range(start, config.iterations), initial=start, total=config.iterations, disable=rank() > 0, desc="play")
+    share = range(RANK * config.num_queries // WORLD, (RANK + 1) * config.num_queries // WORLD)
+    skipped, stop = 0, []
+    signal.signal(signal.SIGINT, lambda *_: ask_to_stop(stop))
+    bar = tqdm(range(start, config.iterations), initial=start, total=config.iterations, disable=RANK > 0, desc="play")
     for iteration in bar:
-        transformers.set_seed(random.Random(f"{config.seed}/{iteration}/{rank()}").getrandbits(32))  # resume needs no more
+        transformers.set_seed(random.Random(f"{config.seed}/{iteration}/{RANK}").getrandbits(32))  # exact resume
         times = [time.perf_counter()]
-        queries, query_ids = draw_queries(game, config, iteration, box1, share)            # 1: N queries q_i ~ pi_Ch
+        queries, query_ids = draw_queries(game, config, iteration, box1, share)              # 1: q_i ~ pi_Ch, N of them
         prompts = [encode_chat(game.tokenizer, [{"role": "user", "content": q}]) for q in queries]
-        ids = sample(game.model, game.tokenizer, [p for p in prompts for _ in range(config.num_answers)],
-                     config.max_answer_tokens, config.temperature)                         # 2: G answers a_i^j ~ pi_Sol
-        answer_ids = [ids[i:i + config.num_answers] for i in range(0, len(ids), config.num_answers)]
+        answer_ids = draw_answers(game, config, prompts)                                     # 2: a_i^j ~ pi_Sol(. | q_i)
         answers = [[decode(game.tokenizer, a) for a in group] for group in answer_ids]
         times.append(time.perf_counter())
-        R = gather_rows(score(game.reward, queries, answers))                              # 3: R (N, G), in LSP R_Q too
-        R_Q = gather_rows(score(game.quality, queries, answers)) if game.quality else None
+        R = torch.tensor(gather(score(game.reward, queries, answers)))                       # 3: R (N, G), LSP: R_Q too
+        R_Q = torch.tensor(gather(score(game.quality, queries, answers))) if game.quality else None
         times.append(time.perf_counter())
-        A_sol = solver_advantage(R if R_Q is None else R + R_Q)                            # 4, 5: V, V_Q, advantages
+        A_sol = solver_advantage(R if R_Q is None else R + R_Q)                              # 4, 5: V, A_Sol, A_Ch
         A_ch = challenger_advantage(challenger_reward(R, R_Q))
         groups = [Group(p, c, A_sol[i].tolist()) for i, p, c in zip(share, prompts, answer_ids)]
         if game.prompts is None:
             groups.append(Group(box1, query_ids, A_ch[share].tolist(), "challenger"))
-        stats = update(game.model, game.reference, game.optimizer, groups, config)         # 6, 7: loss, one step
+        stats = update(game.model, game.reference, game.optimizer, groups, config)           # 6, 7: L, one step
         times.append(time.perf_counter())
         plays = play_records(iteration, gather(queries), gather(answers), R, R_Q)
-        stats = metrics(game, config, plays, gather(answer_ids), stats, times, R if R_Q is None else R + R_Q)
+        stats = metrics(game, plays, gather(answer_ids), stats, times)
         skipped = skipped + 1 if stats["skipped"] else 0
-        stopping = bool(all_reduce(torch.tensor(int(stop.asked))))
         if skipped == MAX_SKIPPED:
-            raise UserError(f"the loss or gradient was not finite {MAX_SKIPPED} times in a row, at iteration {iteration}; "
-                            f"the last good checkpoint is {folder / 'checkpoint'}: go on from it with a smaller --lr")
+            raise UserError(f"--lr {config.lr}: loss or gradient was not finite {skipped} times in a row, at iteration "
+                            f"{iteration}; the last good checkpoint is {folder / 'checkpoint'}")
+        stopping = iteration + 1 < config.iterations and all_reduce(torch.tensor(len(stop))) > 0
         keep(game, config, folder, stats, plays, bar, last=stopping or iteration + 1 == config.iterations)
-        if stopping and iteration + 1 < config.iterations:
+        if stopping:
             say(f"stopped after iteration {iteration + 1}; go on with: python lsp.py --resume --out {folder}")
             break
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 11. The toy game: a Llama of 0.1 M parameters that has seen noisy multiplication homework
-# ---------------------------------------------------------------------------------------------------------------------
+def ask_to_stop(stop):
+    """Ctrl-C: the first asks for a stop after the iteration, the second stops at once."""
+    if stop:
+        raise KeyboardInterrupt
+    stop.append(True)
+    say("stopping after this iteration, which is then saved (Ctrl-C again: at once, back to the last checkpoint)")
+
+
+def play_records(iteration, queries, answers, R, R_Q):
+    """The iteration's plays (q, a, R, R_Q, V, V_Q), one for each query, as plays.jsonl keeps them."""
+    none = [None] * len(R)
+    columns = (queries, answers, R.tolist(), none if R_Q is None else R_Q.tolist(), group_value(R).tolist(),
+               none if R_Q is None else group_value(R_Q).tolist())
+    return [dict(zip(("iteration", "query", "answers", "R", "R_Q", "V", "V_Q"), (iteration, *row))) for row in zip(*columns)]
+
+
+def metrics(game, plays, answer_ids, stats, times):
+    """A line of metrics.jsonl; the README has a sentence on each number."""
+    mean = lambda values: sum(values) / len(values) if values else None
+    distinct = lambda items: len(set(items)) / len(items) if items else None
+    queries, ends = [play["query"] for play in plays], eos_ids(game.model, game.tokenizer)
+    tokens = [game.tokenizer(q, add_special_tokens=False)["input_ids"] for q in queries]
+    answers = [a for group in answer_ids for a in group]
+    flat = [len(set(p["R"] if p["R_Q"] is None else map(sum, zip(p["R"], p["R_Q"])))) == 1 for p in plays]
+    return {
+        "iteration": plays[0]["iteration"], "reward": mean([play["V"] for play in plays]),
+        "quality": mean([play["V_Q"] for play in plays]) if game.quality else None, **stats,
+        "answer_tokens": mean([len(a) for a in answers]), "query_tokens": mean([len(t) for t in tokens]),
+        "truncated": mean([a[-1] not in ends for a in answers]), "flat_groups": mean(flat),
+        "distinct_queries": distinct(queries),
+        "distinct_bigrams": distinct([pair for t in tokens for pair in zip(t, t[1:])]),
+        "judge_failures": sum(gather([getattr(game.quality, "failures", 0)])),
+        **(game.probe(game.model, game.tokenizer, queries) if game.probe else {}),
+        **{f"seconds{name}": times[b] - times[a]
+           for name, a, b in (("", 0, 3), ("_sample", 0, 1), ("_reward", 1, 2), ("_update", 2, 3))},
+    }
+
+
+def keep(game, config, folder, stats, plays, bar, last):
+    """Rank 0 logs the iteration, saves now and then, and shows the best and the worst play every so often."""
+    if RANK > 0:
+        return
+    done = stats["iteration"] + 1
+    for name, rows in zip(LOGS, ([stats], plays)):
+        with open(folder / name, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    shown = {"R": "reward", "R_Q": "quality", "KL Sol": "kl_solver", "KL Ch": "kl_challenger", "accuracy": "accuracy"}
+    bar.set_postfix_str(", ".join(f"{k} {stats[v]:.3g}" for k, v in shown.items() if stats.get(v) is not None))
+    if done % max(1, config.iterations // 5) == 0:
+        plays = sorted(plays, key=lambda play: play["V"])
+        say(f"iteration {done}\n  best   {show_play(plays[-1])}\n  worst  {show_play(plays[0])}")
+    if done % config.save_every == 0 or last:
+        save_checkpoint(folder, game.model, game.tokenizer, game.optimizer, done)
+
+
+def show_play(play):
+    """A play on two lines, what a model wrote shortened and without control characters."""
+    text = lambda s: "".join(c if c.isprintable() else " " for c in s)[:200]
+    best = max(range(len(play["R"])), key=lambda j: play["R"][j])
+    quality = "" if play["V_Q"] is None else f"  V_Q {play['V_Q']:.2f}"
+    return f"V {play['V']:.2f}{quality}  {text(play['query'])}\n{'':9}-> {text(play['answers'][best])}"
+
+
+# 11. The toy game: a Llama of 0.1 M parameters that has seen noisy multiplication homework ---------------------------
 
 PRODUCT = re.compile(r"([0-9])x([0-9])")
 TOY_TEMPLATE = ("{{ '<bos>' }}{% if 'homework' in messages[0]['content'] %}{{ '<ask>' }}"  # Box 1
@@ -1033,13 +970,14 @@ def toy_probe(model, tokenizer, queries):
     return {"accuracy": toy_table(model, tokenizer).mean().item(), "valid": sum(toy_quality(queries, queries)) / len(queries)}
 
 
+@functools.cache
 def toy_group(tokenizer, content, completion):
     prompt = encode_chat(tokenizer, [{"role": "user", "content": content}])
     ids = tokenizer(completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     return Group(prompt, [ids], [0.0])
 
 
-def toy_homework(seed, size=4000):
+def toy_homework(seed, size=30000):
     """[(query, answer)] as the toy has seen them: mostly small numbers, some garbage; the larger, the more often wrong."""
     draw, homework = random.Random(seed), []
     for _ in range(size):
@@ -1067,7 +1005,7 @@ def make_toy(folder, seed, steps=600, batch=128):
         max_position_embeddings=64, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2, game="toy"))
     optimizer, draw = AdamW(model.parameters(), lr=3e-3), random.Random(seed)
     groups = [toy_group(tokenizer, *message) for q, a in toy_homework(seed) for message in ((q, a), ("homework", q))]
-    for _ in tqdm(range(steps), desc="toy: homework", disable=rank() > 0):
+    for _ in tqdm(range(steps), desc="toy: homework", disable=RANK > 0):
         rows = lay_out(draw.sample(groups, batch), model.dtype, model.device)
         (-completion_log_probs(model, rows).sum() / rows.mask.sum()).backward()
         optimizer.step()
@@ -1076,214 +1014,192 @@ def make_toy(folder, seed, steps=600, batch=128):
     os.replace(f"{folder}.tmp", folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 13. Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# 13. Command line ----------------------------------------------------------------------------------------------------
 
 def read_prompts(path):
     """The queries of a .txt file (one a line) or of Alpaca's .json or .jsonl (`instruction`, optional `input`)."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"--prompts {path}: no such file")
+    kind, offset, rows = Path(path).suffix, 0, []
+    if kind not in (".txt", ".json", ".jsonl"):
+        raise UserError(f"--prompts {path}: a .txt, .json or .jsonl file is needed")
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".txt":
-            return [line.strip() for line in text.splitlines() if line.strip()]
-        if path.suffix not in (".json", ".jsonl"):
-            raise UserError(f"--prompts {path}: a .txt, .json or .jsonl file is needed")
-        lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-        number = None
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for number, line in lines]
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts {path}: not UTF-8 text ({error})") from error
+        text = Path(path).read_text(encoding="utf-8")
+        for offset, part in enumerate(text.splitlines() if kind != ".json" else [text]):
+            if part.strip():
+                rows += [{"instruction": part.strip()}] if kind == ".txt" else json.loads(f"[{part}]")
     except json.JSONDecodeError as error:
-        raise UserError(f"--prompts {path}: line {number or error.lineno} is not JSON ({error.msg})") from error
-    for n, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+        raise UserError(f"--prompts {path}: line {offset + error.lineno} is not JSON ({error.msg})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path}: cannot be read as UTF-8 text ({first_line(error)})") from error
+    rows = rows[0] if kind == ".json" and rows and isinstance(rows[0], list) else rows
+    for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
-            raise UserError(f"--prompts {path}: entry {n} has no text under `instruction`")
+            raise UserError(f"--prompts {path}: entry {number} has no text under `instruction`")
     return ["\n\n".join(filter(None, [row["instruction"], row.get("input")])) for row in rows]
 
 
 def check_config(config):
     """Refuses what cannot work, before anything is loaded."""
-    self_playing = config.variant != "grpo"
-    refusals = [
-        (config.num_queries < 1, "--num-queries {num_queries}: N is 1 or more"),
-        (self_playing and config.num_queries == 1, "--num-queries 1: one query has no other to be compared with, so the "
-         "Challenger's advantage is always 0; use 2 or more"),
-        (config.num_answers < 1, "--num-answers {num_answers}: G is 2 or more"),
-        (config.num_answers == 1, "--num-answers 1: a group of one has no spread, so the Solver's advantage is always 0 and "
-         "it learns nothing; use 2 or more"),
-        (config.num_queries % world(), "--num-queries {num_queries}: must be a multiple of the %d processes" % world()),
-        (not 0 <= config.beta < math.inf, "--beta {beta}: the KL weight is 0 or more"),
-        (not 0 <= config.alpha_ch < math.inf, "--alpha-ch {alpha_ch}: the Challenger's weight is 0 or more"),
-        (not 0 < config.lr < math.inf, "--lr {lr}: the learning rate is more than 0"),
-        (not 0 < config.temperature < math.inf, "--temperature {temperature}: must be more than 0; training samples"),
-        (min(config.iterations, config.save_every, config.max_query_tokens, config.max_answer_tokens,
-             config.update_tokens) < 1, "--iterations, --save-every, --max-query-tokens, --max-answer-tokens and "
-         "--update-tokens are 1 or more"),
-        (self_playing and config.prompts, "--prompts: only --variant grpo has a use for it; self-play writes its own"),
-        (self_playing and config.template.count("{input}") != 1, "--template {template!r}: needs one {{input}}, where the "
-         "Challenger's input stands"),
-        (config.optimizer_bits == 16 and config.dtype == "float32", "--optimizer-bits 16: needs --dtype bfloat16"),
-    ]
-    for refused, message in refusals:
+    plays, c = config.variant != "grpo", config
+    whole = dict(iterations=1, num_queries=1, num_answers=1, save_every=1, max_query_tokens=1, max_answer_tokens=1,
+                 update_tokens=1, beta=0, alpha_ch=0, lr=1e-30, temperature=1e-30)
+    low = next((name for name, least in whole.items() if not least <= getattr(c, name) < math.inf), "")
+    for refused, message in (
+        (low, f"--{low.replace('_', '-')} {getattr(c, low, '')}: is too small, or no number"),
+        (c.num_answers == 1, "--num-answers 1: one answer is its own mean, so the Solver's advantage is always 0 and it learns "
+                             "nothing; use 2 or more"),
+        (c.num_queries == 1 and plays, "--num-queries 1: one query is its own mean, so the Challenger's advantage is always "
+                                       "0; use 2 or more"),
+        (c.num_queries % WORLD, f"--num-queries {c.num_queries}: must be a multiple of the {WORLD} processes"),
+        (c.prompts and plays, f"--prompts {c.prompts}: only --variant grpo has a use for it; self-play writes its own"),
+        (plays and c.template.count("{input}") != 1, f"--template {c.template!r}: needs {{input}} once, where the "
+                                                     "Challenger's input stands"),
+        (c.optimizer_bits == 16 and c.dtype != "bfloat16", "--optimizer-bits 16: goes with --dtype bfloat16"),
+    ):
         if refused:
-            raise UserError(message.format(**asdict(config)))
+            raise UserError(message)
 
 
 def pick_device(name=""):
     """A torch device by name; cuda where there is one if no name is given."""
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-        return device
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not on this machine ({first_line(error)})") from error
 
 
 def pick_dtype(name, device):
-    """Weights' dtype by name; else bfloat16 on a GPU and float32 on a CPU."""
+    """Weights' dtype by name; if none is given bfloat16 on a GPU and float32 on a CPU."""
     return getattr(torch, name or ("float32" if device.type == "cpu" else "bfloat16"))
 
 
 def parse(argv):
-    """Flags -> (Config with None where a default depends on the game, the flags that were said)."""
+    """Command line -> (Config, None where a default depends on the game; the flags that were said)."""
     parser = argparse.ArgumentParser(prog="lsp.py", description="Language Self-Play: see the head of this file.")
     for f in fields(Config):
         real, toy = f.metadata["real"], f.metadata["toy"]
-        default = f"{real}" if toy is None else f"{real}, toy: {toy}"
-        text = f.metadata["help"] + (f" [{default}]" if real not in ("", False, 0.0) else "")
-        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=f.metadata.get("choices"))
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
+        shown = "" if real in ("", False, 0.0) else f" [{real}]" if real == toy else f" [{real}; toy: {toy}]"
+        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=(f.metadata["help"] + shown).replace("%", "%%"), **kind)
     said = vars(parser.parse_args(argv))
     return Config(**said), said
 
 
-def resumed(config, said):
-    """The settings of the run in --out; what was said again must not differ, but for how long and where to run."""
-    path = Path(config.out) / "config.json"
-    if not config.out or not path.is_file():
-        raise UserError(f"--resume: --out {config.out or '(left out)'} holds no run to go on with")
+def resumed(said):
+    """The settings of the run in --out; what is said again must not differ, but for how long and where to run."""
+    path = Path(said.get("out", "")) / "config.json"
+    if not path.is_file():
+        raise UserError(f"--resume: --out {said.get('out', '(left out)')} holds no run to go on with")
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        ranks = saved.pop("world_size")
-        old = Config(**saved)
-    except (ValueError, TypeError, KeyError) as error:
+        ranks, config = saved.pop("world_size"), Config(**saved)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"--resume: {path} is not a run's settings ({first_line(error)})") from error
-    free = {name: value for name, value in said.items() if name in ("iterations", "save_every", "device", "resume", "out")}
-    for name, value in said.items():
-        if name not in free and saved[name] != value:
-            raise UserError(f"--resume: --{name.replace('_', '-')} {value} differs from the run's {saved[name]} ({path})")
-    if ranks != world():
-        raise UserError(f"--resume: the run in {config.out} was played by {ranks} processes, not {world()}")
-    return replace(old, **free)
-
-
-def choose_model(config):
-    """Fills in --model and --reward where they were left out, and says why."""
-    if config.model:
-        return replace(config, reward=config.reward or ("" if is_toy(config.model) else REWARD_MODEL))
-    gib = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0
-    if gib >= 75:
-        say(f"model: meta-llama/Llama-3.2-3B-Instruct, as in the paper (this GPU has {gib:.0f} GiB)")
-        return replace(config, model="meta-llama/Llama-3.2-3B-Instruct",
-                       reward=config.reward or REWARD_MODEL)
-    say(f"model: toy ({f'this GPU has {gib:.0f} GiB' if gib else 'no CUDA GPU'}; the paper's game needs 75 GiB). Choose one "
-        "with --model")
-    return replace(config, model="toy")
-
-
-def open_folder(config):
-    """The run folder, made and claimed with its config.json; never one that already holds a run."""
-    names = (f"runs/{config.variant}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
-    folder = Path(config.out or next(name for name in names if not Path(name).exists()))
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--out {folder}: is not empty; --resume goes on with a run, another --out starts one")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        config = replace(config, out=str(folder))
-        settings = {**asdict(config), "resume": False, "world_size": world()}
-        write_atomically(folder / "config.json", json.dumps(settings, indent=2))
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written ({error.strerror}); name another folder") from error
-    return config
+    if ranks != WORLD:
+        raise UserError(f"--resume: the run in {path.parent} has {ranks} processes, not {WORLD}")
+    free = ("iterations", "save_every", "device", "resume", "out")
+    for name in set(said) - set(free):
+        if saved[name] != said[name]:
+            raise UserError(f"--resume: --{name.replace('_', '-')} {said[name]} is not the run's {saved[name]} ({path})")
+    return replace(config, **{name: said[name] for name in free if name in said})
 
 
 def is_toy(name):
     """Whether a model plays the toy game: the toy itself, or a checkpoint of a run that began with it."""
+    return name == "toy" or getattr(from_hub("--model", name, AutoConfig.from_pretrained), "game", None) == "toy"
+
+
+def settle(config):
+    """Fills in what was left out: the model, by the GPU, and the defaults that depend on the game."""
+    if not config.model:
+        gib = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0
+        config = replace(config, model="meta-llama/Llama-3.2-3B-Instruct" if gib >= 75 else "toy")
+        say(f"model: {config.model} ({f'this GPU has {gib:.0f} GiB' if gib else 'no CUDA GPU'}; the paper's game needs 75 "
+            "GiB); --model chooses another")
+    game = "toy" if is_toy(config.model) else "real"
+    config = replace(config, reward=config.reward or {"toy": "", "real": REWARD_MODEL}[game],
+                     dtype=config.dtype or str(pick_dtype("", pick_device(config.device))).removeprefix("torch."))
+    return replace(config, **{f.name: f.metadata[game] for f in fields(config) if getattr(config, f.name) is None})
+
+
+def open_folder(config):
+    """Makes the run folder and claims it with its config.json; never one that holds something already."""
+    names = (f"runs/{config.variant}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+    folder = Path(config.out or next(name for name in names if not Path(name).exists()))
     try:
-        return name == "toy" or getattr(AutoConfig.from_pretrained(name), "game", None) == "toy"
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--model {name}: no such folder, and the Hugging Face hub does not give it "
-                        f"({first_line(error)})") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UserError(f"--out {folder}: is not empty; --resume goes on with a run, another --out starts one")
+        config = replace(config, out=str(folder))
+        settings = asdict(config) | {"resume": False, "world_size": WORLD}
+        write_atomically(folder / "config.json", json.dumps(settings, indent=2))
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written to ({error.strerror})") from error
+    return config
 
 
 def train(config):
     """Plays a run, new or resumed; returns its settings and the rows of its metrics.jsonl."""
-    toy, device = is_toy(config.model), pick_device(config.device)
-    config = resolve(config, toy)
-    dtype = pick_dtype(config.dtype, device)
+    config = settle(config)
     check_config(config)
-    reward = toy_reward if toy and not config.reward else None
-    if reward is None and ".py:" in config.reward:  # a Hugging Face reward model comes last
-        reward = load_reward(config.reward, device, dtype)
-    prompts = None
+    toy, device = is_toy(config.model), pick_device(config.device)
+    dtype, quality, prompts = pick_dtype(config.dtype, device), None, None
+    reward = load_reward(config.reward, device, dtype) if ".py:" in config.reward else toy_reward if toy else None
     if config.variant == "grpo":
-        prompts = read_prompts(config.prompts) if config.prompts else [q for q, _ in toy_homework(config.seed)] if toy else []
+        homework = [query for query, _ in toy_homework(config.seed)] if toy else []
+        prompts = read_prompts(config.prompts) if config.prompts else homework
         if not prompts:
             raise UserError(f"--prompts {config.prompts or '(left out)'}: --variant grpo needs a file with queries")
     if config.model != "toy":
-        load_tokenizer(config.model)
+        load_tokenizer(config.model)  # as the cheapest way to find out early
     if not config.resume:
-        config = gather([open_folder(config) if rank() == 0 else config])[0]
+        config = gather([open_folder(config) if RANK == 0 else config])[0]
     folder, name = Path(config.out), config.model
     if name == "toy":
         name = str(folder / "toy")
-        gather([rank() == 0 and not Path(name).is_dir() and make_toy(name, config.seed)])  # the others wait
+        gather([RANK == 0 and not Path(name).is_dir() and make_toy(name, config.seed)])  # the other ranks wait here
     reference, tokenizer = load_model(name, device, dtype)
     check_rows(reference, name)
     model = copy.deepcopy(reference)
     reference.requires_grad_(False)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = AdamW(model.parameters(), config.lr, config.optimizer_bits)
-    quality = (toy_quality if toy else SelfReward(reference, tokenizer)) if config.variant == "lsp" else None
-    reward = reward or load_reward(config.reward, device, dtype)
-    game = Game(model, reference, tokenizer, optimizer, reward, quality, prompts, toy_probe if toy else None)
+    if config.variant == "lsp":
+        quality = toy_quality if toy else SelfReward(reference, tokenizer)
+    game = Game(model, reference, tokenizer, optimizer, reward or load_reward(config.reward, device, dtype), quality,
+                prompts, toy_probe if toy else None)
     self_play(game, config, folder, load_checkpoint(folder, optimizer))
     return config, read_jsonl(folder / "metrics.jsonl")
 
 
 def report(config, rows):
-    """The table at the end: the means of the first and of the last tenth of the iterations, and what to run next."""
+    """The table at the end, means over the first and the last tenth of the iterations, and what to run next."""
     say(f"\n{'':20} {'before':>9} {'after':>9}")
     tenth = max(1, len(rows) // 10)
     for key in ("reward", "quality", "kl_solver", "kl_challenger", "accuracy", "valid", "distinct_queries", "answer_tokens"):
         if rows and rows[-1].get(key) is not None:
-            before, after = (sum(row[key] for row in part) / tenth for part in (rows[:tenth], rows[-tenth:]))
-            say(f"{key:20} {before:9.3f} {after:9.3f}")
-    say(f"""
-plays: {config.out}/plays.jsonl   model: {config.out}/checkpoint   numbers: {config.out}/metrics.jsonl
-next:  python eval.py plot {config.out} --out run.png
-       python lsp.py --variant lsp --model {config.out}/checkpoint""")
+            say(f"{key:20}" + "".join(f" {sum(r[key] for r in part) / tenth:9.3f}" for part in (rows[:tenth], rows[-tenth:])))
+    say(f"\nplays: {config.out}/plays.jsonl   model: {config.out}/checkpoint   numbers: {config.out}/metrics.jsonl\n"
+        f"next:  python eval.py plot {config.out} --out run.png\n"
+        f"       python lsp.py --variant lsp --model {config.out}/checkpoint")
 
 
 def main(argv=None):
     config, said = parse(argv)
-    if "RANK" in os.environ:  # set by torchrun
-        dist.init_process_group()
+    if WORLD > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    config = resumed(config, said) if config.resume else choose_model(config)
-    report(*train(config))
+        dist.init_process_group()
+    report(*train(resumed(said) if config.resume else config))
 
 
 def run_main(main):
-    """Runs a program: what the user can put right is one line and exit code 2."""
+    """Runs a program; what the user can put right is one line and exit code 2."""
     try:
         main()
     except UserError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
