@@ -78,6 +78,13 @@ def read_rows(path, flag, keys):
     return rows
 
 
+def read_lines(path):
+    try:
+        return lsp.read_jsonl(path)
+    except ValueError as error:
+        raise UserError(f"{path}: a line in it is broken ({error}); mend it or take it out") from error
+
+
 def open_progress(out, settings):
     """Opens OUT.progress.jsonl -> (its records so far, append(record)). It stays beside OUT, as the record of the work.
 
@@ -93,7 +100,7 @@ def open_progress(out, settings):
         raise UserError(f"--out {out}: {error.strerror}") from error
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)  # a kill can tear the last line; the next must not be glued to it
-    records = lsp.read_jsonl(path)
+    records = read_lines(path)
     changed = [key for key in settings if records and records[0].get(key) != settings[key]]
     if changed:
         raise UserError(f"--out {out}: {path.name} was begun with another {', '.join(changed)}; "
@@ -109,7 +116,7 @@ def open_progress(out, settings):
 
 
 def write_rows(path, rows):
-    lsp.write_atomically(path, json.dumps(rows, indent=2) + "\n")
+    lsp.write_atomically(path, json.dumps(rows, indent=2) + "\n")  # in ASCII, as pandas writes alpaca_eval's own
 
 
 def digest(value):
@@ -143,8 +150,8 @@ def load_instructions(path, limit):
 
 def generator_name(model):
     """A readable name without slashes, as alpaca_eval makes paths of it: `lsp` for runs/lsp/checkpoint."""
-    path = Path(model).resolve() if Path(model).is_dir() else Path(model)
-    return path.parent.name if path.name == "checkpoint" else path.name
+    path = Path(os.path.abspath(model))  # a run's checkpoint is a link, which must not be followed here
+    return path.parent.name if path.name.startswith("checkpoint") else path.name
 
 
 def generate(args):
@@ -221,7 +228,8 @@ def judge_messages(pair):
 
 def parse_verdict(reply):
     """A, B or TIE, in the tag or as all that a terse judge says; None for no verdict, or two that differ."""
-    verdicts = set(re.findall(r"<verdict>\s*(A|B|TIE)\s*</verdict>", reply) or re.findall(r"\A\W*(A|B|TIE)\W*\Z", reply))
+    bare = re.fullmatch(r"\W*(A|B|TIE)\W*", reply)
+    verdicts = {bare[1]} if bare else set(re.findall(r"<verdict>\s*(A|B|TIE)\s*</verdict>", reply))
     return verdicts.pop() if len(verdicts) == 1 else None
 
 
@@ -237,7 +245,10 @@ def judged(pair, reply, error=None):
 
 def endpoint_client(args):
     """A client of --base-url. It always gets a key: without one it would send the user's Hub token to any host."""
-    host = urlsplit(args.base_url).hostname or ""
+    url = urlsplit(args.base_url)
+    host = url.hostname or ""
+    if url.scheme not in ("http", "https") or not host:
+        raise UserError(f"--base-url {args.base_url}: not a URL such as http://localhost:8000/v1")
     hugging_face = re.search(r"(^|\.)(huggingface\.co|huggingface\.cloud|hf\.space)$", host)
     name = "HF_TOKEN" if hugging_face else "OPENAI_API_KEY"
     key = os.environ.get(name, "").strip()
@@ -333,7 +344,7 @@ def local_records(pairs, args):
             records = [judged(pair, lsp.decode(tokenizer, ids)) for pair, ids in zip(batch, replies)]
         else:
             outputs = [[pair["output_1"], pair["output_2"]] for pair in batch]
-            rewards = lsp.score(reward, [pair["instruction"] for pair in batch], outputs).tolist()
+            rewards = lsp.score(reward, [pair["instruction"] for pair in batch], outputs)
             records = [{"preference": 1.5 if one == two else 1 if one > two else 2, "rewards": [one, two],
                         "error": None} for one, two in rewards]
         yield from zip(batch, records)
@@ -448,9 +459,9 @@ def table(args):
 PANELS = {  # title: metrics, drawn solid and dashed
     "reward V": ["reward"],
     "quality V_Q": ["quality"],
-    "KL to reference (-- Challenger)": ["kl_solver", "kl_challenger"],
+    "KL to reference (dashed: Challenger)": ["kl_solver", "kl_challenger"],
     "share of distinct queries": ["distinct_queries"],
-    "answer tokens (-- query tokens)": ["answer_tokens", "query_tokens"],
+    "tokens an answer (dashed: a query)": ["answer_tokens", "query_tokens"],
     "toy: accuracy": ["accuracy"],
     "toy: share of well-formed queries": ["valid"],
 }
@@ -459,7 +470,7 @@ PANELS = {  # title: metrics, drawn solid and dashed
 def read_run(folder, name, keys):
     """The records of one of a run's .jsonl files, each with all the keys."""
     path = Path(folder, name)
-    records = lsp.read_jsonl(path) if path.is_file() else []
+    records = read_lines(path) if path.is_file() else []
     if not records:
         raise UserError(f"{folder}: has no {name}, or an empty one; is it a run folder of lsp.py?")
     for i, record in enumerate(records, 1):
@@ -478,26 +489,28 @@ def new_figure(width, height):
 
 def save_figure(figure, out):
     """Writes a PNG beside --out and moves it there: a kill leaves the old picture or the new one."""
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(f"{path}.tmp", format="png", dpi=110)
-    os.replace(f"{path}.tmp", path)
-    print(path)
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(f"{out}.tmp", format="png", dpi=90, pil_kwargs={"optimize": True})
+        os.replace(f"{out}.tmp", out)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from error
+    print(out)
 
 
-def running_mean(values, window):
-    """Mean over a centred window, cut off at both ends. (T,) -> (T,)"""
-    ones = np.ones(min(window, len(values)))
-    return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
+def smooth(values):
+    """Mean under a bell a tenth of the run wide, cut off at both ends. (T,) -> (T,)"""
+    bell = np.hanning(len(values) // 20 * 2 + 3)[1:-1]  # an odd width, or it would shift
+    return np.convolve(values, bell, "same") / np.convolve(np.ones(len(values)), bell, "same")
 
 
 def plot_runs(folders, out):
-    """Metrics against iterations, runs overlaid: every iteration faint, their running mean strong."""
-    runs = []
-    for folder in folders:  # of an iteration that was played again after a resume, the last line counts
-        lines = {line["iteration"]: line for line in read_run(folder, "metrics.jsonl", {"iteration"})}
+    """Metrics against iterations, runs overlaid: every iteration faint, their smoothed course strong."""
+    runs, names = [], [Path(folder).resolve().name for folder in folders]
+    for folder, name in zip(folders, names):
+        lines = read_run(folder, "metrics.jsonl", {"iteration", "reward"})
         variant = read_json(Path(folder, "config.json"), "RUN_DIR").get("variant")
-        runs.append((f"{Path(folder).resolve().name} ({variant})", list(lines.values())))
+        runs.append((f"{name if names.count(name) == 1 else folder} ({variant})", lines))
     panels = [title for title, keys in PANELS.items()
               if any(line.get(key) is not None for _, lines in runs for line in lines for key in keys)]
     columns = min(len(panels), 4)
@@ -507,13 +520,17 @@ def plot_runs(folders, out):
         axes = figure.add_subplot(rows, columns, at)
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
+        values = []
         for color, (label, lines) in enumerate(runs):
             for key, style in zip(PANELS[title], ("-", "--")):
                 points = [(line["iteration"], line[key]) for line in lines if line.get(key) is not None]
                 if points:
                     x, y = np.array(points, dtype=float).T
                     axes.plot(x, y, style, color=f"C{color}", alpha=0.2, linewidth=0.7)
-                    axes.plot(x, running_mean(y, len(y) // 20 + 1), style, color=f"C{color}", label=label)
+                    axes.plot(x, smooth(y), style, color=f"C{color}", label=label)
+                    values.extend(y)
+        low, high = np.percentile(values, [1, 99])  # one wild iteration must not flatten all the others
+        axes.set_ylim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
     figure.supxlabel("iteration", fontsize=10)
     handles = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False)
@@ -569,8 +586,8 @@ def plays(args):
     if not chosen:
         raise UserError(f"--iteration {wanted}: {args.run_dir} has plays of iterations {records[0]['iteration']} to "
                         f"{records[-1]['iteration']}")
-    if args.order:
-        chosen.sort(key=lambda record: record["V"], reverse=args.order == "best")
+    if args.order:  # of equals the latest first
+        chosen.sort(key=lambda record: (record["V"] * (-1 if args.order == "best" else 1), -record["iteration"]))
     show = lambda value: "-" if value is None else f"{value:.3f}"
     for play in chosen[:args.count]:
         print(f"iteration {play['iteration']}   V {show(play['V'])}   V_Q {show(play['V_Q'])}")
@@ -582,10 +599,12 @@ def plays(args):
 
 # 8. Command line -----------------------------------------------------------------------------------------------------
 
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+def at_least(low, kind=int):
+    def number(text):
+        if not kind(text) >= low:
+            raise argparse.ArgumentTypeError(f"{text} is not {low} or more")
+        return kind(text)
+
     return number
 
 
@@ -597,10 +616,11 @@ def add_judge_flags(add):
         "or folder; or reward:SPEC, a reward model's id or folder or FILE.py:FUNCTION")
     add("--local", action="store_true", help="--judge is a chat model to run on this machine")
     add("--base-url", default="https://api.openai.com/v1", help="OpenAI-compatible endpoint (default: %(default)s)")
-    add("--workers", type=positive, default=8, help="requests at a time (default: %(default)s)")
-    add("--timeout", type=float, default=120.0, help="seconds that a request may be silent (default: %(default)s)")
-    add("--max-tries", type=positive, default=8, help="requests for a pair until it is null (default: %(default)s)")
-    add("--max-new-tokens", type=positive, default=512, help="a reply is cut off here (default: %(default)s)")
+    add("--workers", type=at_least(1), default=8, help="requests at a time (default: %(default)s)")
+    add("--timeout", type=at_least(0.01, float), default=120.0, help="seconds of silence that end a request "
+        "(default: %(default)s)")
+    add("--max-tries", type=at_least(1), default=8, help="requests for a pair until it is null (default: %(default)s)")
+    add("--max-new-tokens", type=at_least(1), default=512, help="a reply is cut off here (default: %(default)s)")
     add("--retry-failed", action="store_true", help="ask again for pairs that came out null")
 
 
@@ -617,11 +637,11 @@ def parse_args(argv):
     add("--model", required=True, help="Hugging Face id, or folder such as runs/lsp/checkpoint")
     add("--out", required=True, help="model_outputs.json to write; started again, it goes on where it was")
     add("--instructions", metavar="FILE", help="JSON list with `instruction`; left out: AlpacaEval's, from the Hub")
-    add("--limit", type=positive, metavar="K", help="only K instructions, spread evenly over the file and its subsets")
+    add("--limit", type=at_least(1), metavar="K", help="only K instructions, spread evenly over file and subsets")
     add("--name", help="the generator's name in --out; left out: the last part of --model")
-    add("--temperature", type=float, default=0.01, help="0 is greedy (default: the paper's 0.01)")
-    add("--max-new-tokens", type=positive, default=2048, help="an answer is cut off here (default: %(default)s)")
-    add("--batch-size", type=positive, default=32, help="answers at a time (default: %(default)s)")
+    add("--temperature", type=at_least(0, float), default=0.01, help="0 is greedy (default: the paper's 0.01)")
+    add("--max-new-tokens", type=at_least(1), default=2048, help="an answer is cut off here (default: %(default)s)")
+    add("--batch-size", type=at_least(1), default=32, help="answers at a time (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     add_place_flags(add)
     add = command(judge, "compare two models' answers, pair by pair")
@@ -639,7 +659,7 @@ def parse_args(argv):
     add("--iteration", type=int, help="plays of this one; left out: the last, or with --worst or --best all")
     add("--worst", dest="order", action="store_const", const="worst", help="lowest V first: what the Solver is bad at")
     add("--best", dest="order", action="store_const", const="best", help="highest V first")
-    add("--count", type=positive, default=3, help="how many plays (default: %(default)s)")
+    add("--count", type=at_least(1), default=3, help="how many plays (default: %(default)s)")
     return parser.parse_args(argv)
 
 

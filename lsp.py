@@ -817,6 +817,12 @@ class Game:
     probe: Callable | None = None       # (model, tokenizer, queries) -> more numbers for the log
 
 
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, size):
+    """The order of a file's prompts in an epoch: it hangs on the seed alone, so the data position needs no saving."""
+    return random.Random(f"{seed}/{epoch}").sample(range(size), size)
+
+
 def draw_queries(game, config, iteration, box1, share):
     """This rank's share of the N queries: (texts, the sampled ids that the Challenger is trained on)."""
     if game.prompts is None:
@@ -824,9 +830,7 @@ def draw_queries(game, config, iteration, box1, share):
         return [parse_query(decode(game.tokenizer, i), config.template) for i in ids], ids
     queries, size = [], len(game.prompts)
     for position in (iteration * config.num_queries + i for i in share):
-        order = list(range(size))  # a new order each epoch, from the seed: the data position needs no saving
-        random.Random(f"{config.seed}/{position // size}").shuffle(order)
-        queries.append(game.prompts[order[position % size]])
+        queries.append(game.prompts[epoch_order(config.seed, position // size, size)[position % size]])
     return queries, []
 
 
@@ -1162,7 +1166,7 @@ def train(config):
     check_rows(reference, name)
     model = copy.deepcopy(reference)
     reference.requires_grad_(False)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable()
     optimizer = AdamW(model.parameters(), config.lr, config.optimizer_bits)
     if config.variant == "lsp":
         quality = toy_quality if toy else SelfReward(reference, tokenizer)
