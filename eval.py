@@ -396,7 +396,9 @@ def judge(args):
     failed = Counter(record["error"] for record in found if record["preference"] is None)
     print(f"{args.out}: {len(pairs) - failed.total()} of {len(pairs)} pairs judged, {failed.total()} null")
     for error, count in failed.most_common(5):
-        print(f"  {count} x {error} (--retry-failed asks again)")
+        print(f"  {count} x {error}")
+    if failed:
+        print("  --retry-failed asks for these again")
 
 
 # 5. Table ------------------------------------------------------------------------------------------------------------
