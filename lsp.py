@@ -978,20 +978,25 @@ def toy_group(tokenizer, content, completion):
     return Group(prompt, [ids], [0.0])
 
 
+def toy_queries(seed, size=4000):
+    """What pupils ask: mostly small numbers, some garbage. The Challenger starts from these; they are GRPO's data too."""
+    draw = random.Random(f"{seed}/queries")
+    digit = lambda: min(int(draw.expovariate(0.35)), 9)
+    garbage = lambda: "".join(draw.choices("0123456789x", k=draw.randint(1, 5)))
+    return [garbage() if draw.random() < 0.05 else f"{digit()}x{digit()}" for _ in range(size)]
+
+
 def toy_homework(seed, size=30000):
-    """[(query, answer)] as the toy has seen them: mostly small numbers, some garbage; the larger, the more often wrong."""
-    draw, homework = random.Random(seed), []
-    for _ in range(size):
-        a, b = (min(int(draw.expovariate(0.3)), 9) for _ in "ab")
-        right = draw.random() < 1 - 0.07 * max(a, b)
-        query, answer = f"{a}x{b}", a * b if right else draw.randint(0, 9) * draw.randint(0, 9)
-        if draw.random() < 0.05:
-            query, answer = "".join(draw.choices("0123456789x", k=draw.randint(1, 5))), draw.randint(0, 81)
-        homework.append((query, str(answer)))
+    """[(query, answer)] over the whole table, the larger the numbers the more often wrong: what the Solver starts from."""
+    draw = random.Random(f"{seed}/homework")
+    digit, homework = lambda: draw.randint(0, 9), []
+    for a, b in ((digit(), digit()) for _ in range(size)):
+        right = draw.random() < 0.75 - 0.05 * max(a, b)
+        homework.append((f"{a}x{b}", str(a * b if right else digit() * digit())))
     return homework
 
 
-def make_toy(folder, seed, steps=600, batch=128):
+def make_toy(folder, seed, steps=800, batch=128):
     """Writes the toy's model and tokenizer, in Hugging Face format, after a few seconds of homework."""
     characters = ["<pad>", "<bos>", "<eos>", "<ask>", "<answer>", *"0123456789x"]
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<pad>"))
@@ -1005,10 +1010,10 @@ def make_toy(folder, seed, steps=600, batch=128):
         vocab_size=16, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2, game="toy"))
     optimizer, draw = AdamW(model.parameters(), lr=0.0), random.Random(seed)
-    homework = toy_homework(seed)
-    groups = [toy_group(tokenizer, q, a) for q, a in homework] + [toy_group(tokenizer, "homework", q) for q, _ in homework[::4]]
+    groups = [toy_group(tokenizer, "homework", query) for query in toy_queries(seed)]
+    groups += [toy_group(tokenizer, query, answer) for query, answer in toy_homework(seed)]
     for step in tqdm(range(steps), desc="toy: homework", disable=RANK > 0):
-        optimizer.lr = 5e-3 * min(1, 2 - 2 * step / steps)
+        optimizer.lr = 4e-3 * min(1, 2 - 2 * step / steps)
         rows = lay_out(draw.sample(groups, batch), model.dtype, model.device)
         (-completion_log_probs(model, rows).sum() / rows.mask.sum()).backward()
         optimizer.step()
@@ -1149,8 +1154,7 @@ def train(config):
     dtype, quality, prompts = pick_dtype(config.dtype, device), None, None
     reward = load_reward(config.reward, device, dtype) if ".py:" in config.reward else toy_reward if toy else None
     if config.variant == "grpo":
-        homework = [query for query, _ in toy_homework(config.seed)] if toy else []
-        prompts = read_prompts(config.prompts) if config.prompts else homework
+        prompts = read_prompts(config.prompts) if config.prompts else toy_queries(config.seed) if toy else []
         if not prompts:
             raise UserError(f"--prompts {config.prompts or '(left out)'}: --variant grpo needs a file with queries")
     if config.model != "toy":
