@@ -66,57 +66,50 @@ REWARD_MODEL = "Skywork/Skywork-Reward-V2-Llama-3.2-3B"  # the paper's
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 MAX_SKIPPED = 3        # updates in a row that may come out infinite or NaN before a run gives up
 
-
 class UserError(Exception):
     """Something the user can put right: one line that names the flag, file or line at fault. Ends with exit code 2."""
-
 
 # 1. Settings ---------------------------------------------------------------------------------------------------------
 
 TASK = ("Follow one instruction, of any kind that people bring to a text assistant: explaining, reasoning, planning, "
         "writing, coding, advice, mathematics.")
 
-
 def flag(default, help, toy=None, choices=None):
     """A command line flag; `toy` is its default in the toy game where that differs."""
     metadata = dict(real=default, toy=default if toy is None else toy, help=help, choices=choices)
     return field(default=default if toy is None else None, metadata=metadata)
 
-
 @dataclass
 class Config:
-    variant: str = flag("zero", "zero: zero-sum; lsp: with R_Q; grpo: queries from a file", choices=("zero", "lsp", "grpo"))
-    model: str = flag("", "Hugging Face id, folder (any run's checkpoint/ too) or `toy`; left out: Llama-3.2-3B-Instruct "
-                          "where a CUDA GPU has 75 GiB, else toy")
-    reward: str = flag("", "Hugging Face id or folder of a sequence classifier with one label, or FILE.py:FUNCTION; left "
-                           "out: the toy's own, or Skywork-Reward-V2-Llama-3.2-3B")
+    variant: str = flag("zero", "zero-sum, with R_Q, or with a file's queries", None, ("zero", "lsp", "grpo"))
+    model: str = flag("", "Hugging Face id, folder (any run's checkpoint/ too) or `toy`; left out: on a GPU of 75 GiB "
+                          "Llama-3.2-3B-Instruct, else toy")
+    reward: str = flag("", "Hugging Face id or folder of a classifier with one label, or FILE.py:FUNCTION; left out: "
+                           "the toy's own, or Skywork-Reward-V2-Llama-3.2-3B")
     prompts: str = flag("", "grpo: FILE.txt (a query a line), .json or .jsonl (`instruction`, optional `input`)")
     # OPEN: the paper gives none of the numbers below. What TRL had at the time it gives: beta, G, lr, 512 tokens.
     task: str = flag(TASK, "what the Challenger writes inputs for", toy="homework: the product of two digits, like 7x8")
     template: str = flag("<input>{input}</input>", "the frame in which the Challenger writes", toy="{input}")
-    iterations: int = flag(1500, "updates; the paper shows queries up to 1500", toy=300)
+    iterations: int = flag(1500, "updates; the paper shows queries up to 1500", toy=200)
     num_queries: int = flag(8, "N: queries an iteration", toy=32)
     num_answers: int = flag(8, "G: answers a query")
     beta: float = flag(0.04, "weight of the KL to the reference", toy=0.1)
-    alpha_ch: float = flag(1.0, "weight of the Challenger's loss", toy=0.3)
+    alpha_ch: float = flag(1.0, "weight of the Challenger's loss", toy=0.6)
     lr: float = flag(1e-6, "learning rate of AdamW, constant", toy=1e-3)
     max_query_tokens: int = flag(256, "a query is cut off here", toy=6)
     max_answer_tokens: int = flag(512, "an answer is cut off here", toy=4)
     temperature: float = flag(1.0, "of sampling, and of the log-probabilities that are trained")
-    length_norm: str = flag("mean", "over a completion's tokens: mean (TRL's GRPO) or sum (the formula, literally)",
-                            choices=("mean", "sum"))
-    optimizer_bits: int = flag(32, "32: fp32 master weights and moments; 16: all bf16, rounded stochastically, 24 GiB less "
-                                   "at 3B", choices=(32, 16))
+    length_norm: str = flag("mean", "over a completion's tokens: TRL's mean, or the literal sum", None, ("mean", "sum"))
+    optimizer_bits: int = flag(32, "32: fp32 masters and moments; 16: bf16, rounded stochastically", None, (32, 16))
     update_tokens: int = flag(4096, "tokens of a micro-batch: memory against speed; the gradient stays the same")
     out: str = flag("", "run folder; left out: a new one under runs/")
     resume: bool = flag(False, "go on with the run in --out")
     save_every: int = flag(100, "iterations between checkpoints")
     seed: int = flag(0, "of everything random")
     device: str = flag("", "cpu, cuda, cuda:1; left out: cuda where there is one")
-    dtype: str = flag("", "left out: bfloat16 on a GPU, float32 on a CPU", choices=("float32", "bfloat16"))
+    dtype: str = flag("", "left out: bfloat16 on a GPU, float32 on a CPU", None, ("float32", "bfloat16"))
     dry_run: bool = flag(False, "print the memory that the run would need, and exit")
     gpu_memory: float = flag(0.0, "--dry-run: GiB to fit into; left out: this GPU's, or 79 (an 80 GB card)")
-
 
 # 2. Prompts: Box 1, Box 3 and their parsers (our own words; the rules are the paper's) -------------------------------
 
@@ -161,21 +154,17 @@ Grade this exchange. Reply in exactly this form, shown here for one that earns p
 
 QUOTED_TAG = re.compile(r"<(?=\s*/?\s*(?:instruction|response|justification|sum|score)\b)", re.IGNORECASE)
 
-
 def challenger_messages(task, template):
     """Box 1. The Challenger's chat: write one hard input for `task` in the frame of `template` (see parse_query)."""
     return [{"role": "user", "content": CHALLENGER_PROMPT.format(task=task, template=template)}]
-
 
 def self_reward_messages(instruction, response):
     """Box 3. The judge's chat for one exchange; tags inside the quoted texts are defused, so they cannot end them."""
     quoted = {k: QUOTED_TAG.sub("&lt;", v) for k, v in dict(instruction=instruction, response=response).items()}
     return [{"role": "user", "content": SELF_REWARD_PROMPT.format(**quoted)}]
 
-
 def parse_query(text, template="<input>{input}</input>"):
     """The Challenger's input out of its reply: what stands where {input} stands in the template.
-
     # OPEN: Algorithm 1 rejects nothing. A reply that misses the frame is played as it is; KL and R_Q hold it in place.
     """
     before, after = (part.strip() for part in template.split("{input}", 1))
@@ -185,16 +174,13 @@ def parse_query(text, template="<input>{input}</input>"):
         text = text.split(after, 1)[0]
     return text.strip()
 
-
 def parse_score(text):
     """Box 3's score, 0 to 7, out of the judge's reply; None where it does not give exactly one."""
     scores = re.findall(r"<score>(.*?)</score>", text, re.DOTALL | re.IGNORECASE)
     return int(scores[0]) if len(scores) == 1 and re.fullmatch(r"\s*[0-7]\s*", scores[0]) else None
 
-
 def encode_chat(tokenizer, messages, generation_prompt=True):
     """Chat messages -> the prompt's token ids, ending where the assistant speaks.
-
     The template writes BOS and turn markers itself, so nothing is added; a marker inside a message is text, not a
     turn: a space after its first character keeps the tokenizer from reading it as one.
     """
@@ -206,11 +192,9 @@ def encode_chat(tokenizer, messages, generation_prompt=True):
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-
 def decode(tokenizer, ids):
     """Token ids -> text, without special tokens and outer white space."""
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
-
 
 # 3. Algorithm 1's arithmetic: pure functions on tensors. R, R_Q: (N, G); N queries, G answers each. ------------------
 
@@ -218,10 +202,8 @@ def group_value(rewards):
     """V(q_i) = (1/G) sum_j R(q_i, a_i^j), Algorithm 1 line 4. (N, G) -> (N,)"""
     return rewards.mean(dim=1)
 
-
 def solver_advantage(rewards):
     """A_Sol(q_i, a_i^j) = R - V(q_i), Algorithm 1 line 5; for LSP hand in R + R_Q. (N, G) -> (N, G)
-
     Centred only, not divided by a standard deviation. Exactly 0 where a group's rewards are all the same (taking the
     first off before the mean leaves no rounding dust), so also for G = 1.
     # OPEN: R and R_Q are added as they come, unscaled.
@@ -229,25 +211,19 @@ def solver_advantage(rewards):
     shifted = rewards - rewards[:, :1]
     return shifted - shifted.mean(dim=1, keepdim=True)
 
-
 def challenger_reward(rewards, quality=None):
     """-V(q_i) in LSP-Zero; -V(q_i) + V_Q(q_i) in LSP, with V_Q the group value of R_Q. (N, G) -> (N,)"""
     value = rewards.mean(dim=1)
     return -value if quality is None else quality.mean(dim=1) - value
 
-
 def challenger_advantage(reward):
     """A_Ch(q_i): the Challenger's reward less its mean over the N queries; in LSP-Zero Vbar - V(q_i). (N,) -> (N,)
-
-    Exactly 0 where all rewards are the same, so also for N = 1.
-    """
+    Exactly 0 where all rewards are the same, so also for N = 1."""
     shifted = reward - reward[:1]
     return shifted - shifted.mean()
 
-
 def kl_penalty(log_probs, ref_log_probs):
     """KL(pi || pi_Ref) per token, estimated on tokens sampled from pi. (...) -> (...)
-
     k3 = exp(d) - d - 1 with d = log pi_Ref - log pi is never negative and has the KL as its mean, but the gradient of
     k3 alone is that of the *forward* KL. Times ratio = pi / sg(pi), which is 1, it has the KL's value and gradient.
     # OPEN: the paper names no estimator.
@@ -256,10 +232,8 @@ def kl_penalty(log_probs, ref_log_probs):
     ratio = torch.exp(log_probs - log_probs.detach())
     return ratio * (torch.exp(delta) - delta - 1)
 
-
 def policy_loss(log_probs, ref_log_probs, advantage, mask, beta, length_norm="mean", num_sequences=None):
     """L_Sol or L_Ch: -(1/S) sum over sequences of [ pi/sg(pi) * A - beta * KL(pi || pi_Ref) ], Algorithm 1 line 6.
-
     log_probs, ref_log_probs, mask: (S, T), a row a sampled completion; advantage: (S,). The ratio is 1 in value and
     carries the policy gradient. num_sequences: S of the whole batch where these rows are only a part of it, so that
     the parts' losses add up to the batch's. Returns a scalar.
@@ -275,11 +249,9 @@ def policy_loss(log_probs, ref_log_probs, advantage, mask, beta, length_norm="me
         per_sequence = per_sequence / mask.sum(dim=1).clamp(min=1)
     return -per_sequence.sum() / (num_sequences or len(log_probs))
 
-
 def self_play_loss(solver_loss, challenger_loss, alpha_ch):
     """L = L_Sol + alpha_Ch * L_Ch, Algorithm 1 line 7."""
     return solver_loss + alpha_ch * challenger_loss
-
 
 # 4. Log-probabilities: a group is one row, [prompt | completion 1 | ... | completion K] ------------------------------
 
@@ -295,11 +267,9 @@ class Group:
     def tokens(self):
         return len(self.prompt) + sum(map(len, self.completions))
 
-
 @dataclass
 class Rows:
     """Groups laid out as B rows of T tokens; S completions of at most L tokens in all.
-
     A completion sees the prompt and itself, and its positions go on from the prompt's end, so the prompt is computed
     once instead of K times. E.g. the prompt p q and the completions a b and c:
         input_ids p q a b c,  position_ids 0 1 2 3 2,  targets a b c,  predicted at q a q.
@@ -313,7 +283,6 @@ class Rows:
     advantage: torch.Tensor       # (S,)
     challenger: torch.Tensor      # (S,) True for the Challenger's sequences
 
-
 def split_group(group, max_tokens):
     """A group as one or more groups of at most max_tokens tokens, or of one completion if even that has more."""
     parts, room = [], -1
@@ -326,7 +295,6 @@ def split_group(group, max_tokens):
         room -= len(completion)
     return parts
 
-
 def batch_by_tokens(lengths, max_tokens, fill=0.0):
     """Indices sorted by length, longest first, cut into batches whose padded size is at most max_tokens and whose rows
     are at least `fill` of the longest."""
@@ -337,7 +305,6 @@ def batch_by_tokens(lengths, max_tokens, fill=0.0):
             longest = lengths[i]
         batches[-1].append(i)
     return batches
-
 
 def lay_out(groups, dtype, device):
     """Groups -> Rows, padded on the right; padding sees only itself and is predicted from nowhere."""
@@ -367,10 +334,8 @@ def lay_out(groups, dtype, device):
                 tensor(targets) >= 0, torch.tensor([a for g in groups for a in g.advantage], device=device),
                 tensor([g.role == "challenger" for g in groups for _ in g.completions]))
 
-
 def token_log_probs(head, hidden, targets, temperature=1.0, chunk=512):
     """log softmax(head(hidden) / temperature) at the targets. hidden (M, H), targets (M,) -> (M,), fp32
-
     The vocabulary is projected a chunk of tokens at a time and recomputed in the backward pass, so that a (tokens,
     vocabulary) matrix never exists; the softmax is fp32, as in bf16 it is off by up to 0.06 nats.
     """
@@ -381,7 +346,6 @@ def token_log_probs(head, hidden, targets, temperature=1.0, chunk=512):
     parts = zip(hidden.split(chunk), targets.split(chunk))
     return torch.cat([checkpoint(of_chunk, h, y, use_reentrant=False) for h, y in parts])
 
-
 def completion_log_probs(model, rows, temperature=1.0):
     """Log-probability of every completion token. Returns (S, L), 0 on padding."""
     hidden = model.base_model(input_ids=rows.input_ids, attention_mask=rows.attention_mask,
@@ -389,7 +353,6 @@ def completion_log_probs(model, rows, temperature=1.0):
     at = hidden.flatten(0, 1)[rows.source[rows.mask]]  # (M, H): only where a completion token is predicted
     log_probs = token_log_probs(model.get_output_embeddings(), at, rows.targets[rows.mask], temperature)
     return log_probs.new_zeros(rows.mask.shape).masked_scatter(rows.mask, log_probs)
-
 
 @torch.no_grad()
 def check_rows(model, name):
@@ -406,7 +369,6 @@ def check_rows(model, name):
         raise UserError(f"--model {name}: {type(model).__name__} ignores attention masks of its own or reshapes its "
                         f"logits (log-probabilities off by {worst:.2g}); it cannot be trained here")
 
-
 # 5. Sampler: Hugging Face generate, from exactly the distribution that is scored -------------------------------------
 
 def eos_ids(model, tokenizer):
@@ -415,11 +377,9 @@ def eos_ids(model, tokenizer):
     ids = ids if isinstance(ids, list) else [ids]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
-
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, token_budget=SAMPLE_TOKENS):
     """One completion for each prompt (token ids), in their order: up to and with its first EOS, or cut off without one.
-
     # OPEN: training samples at temperature 1 with no top-k or top-p, from what is scored. Temperature 0 is greedy.
     Leaves the model in evaluation mode: in training mode gradient checkpointing would drop the KV cache.
     """
@@ -442,10 +402,8 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, token_bud
         model.generation_config = own_defaults
     return completions
 
-
 def prefill(model, prompts):
     """Computes what the prompts share once: (ids, mask, KV cache of all but the last column) for generate.
-
     Equal prompts (a query's G copies) are one row; what all begin with (Box 1, the rubric of Box 3) is one row of its
     own. A row is [shared | padding | rest]; the mask hides the padding, and positions count what it leaves.
     """
@@ -470,13 +428,11 @@ def prefill(model, prompts):
         cache.batch_select_indices(copies)
     return ids[copies], mask[copies], cache
 
-
 # 6. Rewards: all TRL's reward functions in shape, reward(prompts=[...], completions=[...], **_) -> [float] -----------
 
 def as_text(message):
     """A prompt or completion as text: a string as it is, TRL's conversations by their last message."""
     return message if isinstance(message, str) else message[-1]["content"]
-
 
 class SelfReward:
     """R_Q, Box 3: a frozen model grades each exchange from 0 to 7, greedily. A grade that cannot be read is 0."""
@@ -492,7 +448,6 @@ class SelfReward:
         scores = [parse_score(decode(self.tokenizer, reply)) for reply in replies]
         self.failures = scores.count(None)  # of the latest call
         return [float(score or 0) for score in scores]
-
 
 class RewardModel:
     """R from a Hugging Face sequence classifier with one label, fed the exchange through its own chat template."""
@@ -513,14 +468,12 @@ class RewardModel:
         self.model.config.pad_token_id = pad = next(i for i in range(len(ids) + 1) if i not in {row[-1] for row in ids})
         scores = [0.0] * len(ids)
         for batch in batch_by_tokens([len(row) for row in ids], SAMPLE_TOKENS // 8, fill=0.5):
-            rows = [ids[i] + [pad] * (len(ids[batch[0]]) - len(ids[i])) for i in batch]
-            mask = [[1] * len(ids[i]) + [0] * (len(ids[batch[0]]) - len(ids[i])) for i in batch]
-            logits = self.model(input_ids=torch.tensor(rows, device=self.model.device),
-                                attention_mask=torch.tensor(mask, device=self.model.device)).logits
-            for i, score in zip(batch, logits[:, 0].tolist()):
-                scores[i] = score
+            width, device = len(ids[batch[0]]), self.model.device
+            rows = torch.tensor([ids[i] + [pad] * (width - len(ids[i])) for i in batch], device=device)
+            mask = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in batch], device=device)
+            for i, logits in zip(batch, self.model(input_ids=rows, attention_mask=mask).logits.tolist()):
+                scores[i] = logits[0]
         return scores
-
 
 def load_reward(spec, device, dtype):
     """--reward: FILE.py:FUNCTION, or a Hugging Face id or folder."""
@@ -539,7 +492,6 @@ def load_reward(spec, device, dtype):
         raise UserError(f"--reward {spec}: {path} has no function {name}")
     return getattr(module, name)
 
-
 def score(reward, queries, answers):
     """A reward's values for N queries with G answers each, checked: N rows of G floats."""
     prompts = [query for query, group in zip(queries, answers) for _ in group]
@@ -555,11 +507,10 @@ def score(reward, queries, answers):
         raise UserError(f"--reward {name} returned {len(values)} rewards for {len(prompts)} completions")
     for row, value in enumerate(values):
         if not hasattr(value, "__float__") or not math.isfinite(value):
-            raise UserError(f"--reward {name} returned {value!r} in row {row} (prompt {prompts[row][:60]!r}, completion "
-                            f"{completions[row][:60]!r}); every reward must be a finite number")
+            raise UserError(f"--reward {name} returned {value!r} in row {row} (prompt {prompts[row][:50]!r}, "
+                            f"completion {completions[row][:50]!r}); a reward is a finite number")
     size = len(answers[0])
     return [[float(value) for value in values[i:i + size]] for i in range(0, len(values), size)]
-
 
 # 7. Optimiser --------------------------------------------------------------------------------------------------------
 
@@ -568,10 +519,8 @@ def stochastic_round(x, generator=None):
     noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     return ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32).bfloat16()
 
-
 class AdamW:
     """torch's AdamW a parameter at a time, so that no fp32 copy of more than one tensor comes and goes.
-
     bits 32: moments in fp32, and a fp32 master of every bf16 weight: a step of 1e-6 is below half a bf16 step of most
     weights and would be lost. bits 16: weights and moments in bf16, rounded stochastically, so that small steps are
     taken now and then instead of never (nor would a bf16 second moment times 0.999 ever decay).
@@ -588,8 +537,9 @@ class AdamW:
         """One step along the gradients times `scale`; frees them."""
         for index, (p, state) in enumerate(zip(self.parameters, self.state)):
             w, m, v = (x.float() for x in state)  # the stored tensors themselves where they are fp32
-            adamw([w], [p.grad.float() * scale], [m], [v], [], [torch.tensor(float(self.steps), device=p.device)],
-                  fused=True, amsgrad=False, beta1=0.9, beta2=0.999, lr=self.lr, weight_decay=0.0, eps=1e-8, maximize=False)
+            step = torch.tensor(float(self.steps), device=p.device)
+            adamw([w], [p.grad.float() * scale], [m], [v], [], [step], lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8,
+                  weight_decay=0.0, amsgrad=False, maximize=False, fused=True)
             if self.bits == 16:  # with a generator of its own, as every rank must round alike
                 generator = torch.Generator(p.device).manual_seed(self.steps * len(self.parameters) + index)
                 for stored, new in zip(state, (w, m, v)):
@@ -602,27 +552,21 @@ class AdamW:
         for p in self.parameters:
             p.grad = None
 
-    def state_dict(self):
-        return {"steps": self.steps, "state": self.state}
-
     @torch.no_grad()
-    def load_state_dict(self, saved):
-        """Takes moments and weights back to the saved ones."""
-        self.steps = saved["steps"]
-        for p, mine, theirs in zip(self.parameters, self.state, saved["state"], strict=True):
+    def restore(self, steps, state):
+        """Takes moments and weights back to saved ones."""
+        self.steps = steps
+        for p, mine, theirs in zip(self.parameters, self.state, state, strict=True):
             for stored, new in zip(mine, theirs, strict=True):
                 stored.copy_(new)
             p.copy_(mine[0])
-
 
 # 8. Update: one gradient step over both roles' groups ----------------------------------------------------------------
 
 ROLES = ("solver", "challenger")
 
-
 def accumulate_gradients(model, reference, groups, config, totals):
     """Adds the gradient of L over `groups` to the model's; returns sums for the log.
-
     totals: sequences of each role in the whole batch {"solver": N G, "challenger": N}. All is divided by these, so
     neither the split into micro-batches nor the ranks change the gradient.
     """
@@ -645,7 +589,6 @@ def accumulate_gradients(model, reference, groups, config, totals):
         loss.backward()
         sums["loss"] += loss.item()
     return sums
-
 
 def update(model, reference, optimizer, groups, config):
     """Algorithm 1, lines 6 and 7: one step down the gradient of L. Returns the numbers for the log."""
@@ -677,7 +620,6 @@ def update(model, reference, optimizer, groups, config):
         stats[f"entropy_{role}"] = -sums[f"log_prob_{role}"] / tokens if tokens else None
     return {key: value if value is None or math.isfinite(value) else None for key, value in stats.items()}
 
-
 # 9. Runs: ranks, loading, the run folder -----------------------------------------------------------------------------
 
 def all_reduce(tensor):
@@ -688,7 +630,6 @@ def all_reduce(tensor):
         tensor.copy_(here)
     return tensor
 
-
 def gather(items):
     """The ranks' lists as one, in rank order, on every rank."""
     lists = [items] * WORLD
@@ -696,15 +637,12 @@ def gather(items):
         dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
 
-
 def say(text):
     if RANK == 0:
         tqdm.write(text)
 
-
 def first_line(error):
     return (str(error).strip() or type(error).__name__).split("\n")[0][:200]
-
 
 def from_hub(flag, name, load, **options):
     """load(name, **options) from a folder or the Hugging Face hub; what goes wrong is told in a line."""
@@ -716,13 +654,11 @@ def from_hub(flag, name, load, **options):
         raise UserError(f"{flag} {name}: neither a folder with a model nor to be had from the Hugging Face hub "
                         f"({first_line(error)})") from error
 
-
 def load_tokenizer(name, flag="--model"):
     tokenizer = from_hub(flag, name, AutoTokenizer.from_pretrained)
     if not tokenizer.chat_template:
         raise UserError(f"{flag} {name}: its tokenizer has no chat template; use an instruction-tuned model")
     return tokenizer
-
 
 def load(auto_class, name, flag, device, dtype):
     """A model in evaluation mode, every dropout 0, so that what is sampled is what is scored."""
@@ -735,11 +671,9 @@ def load(auto_class, name, flag, device, dtype):
                         f"kind of model for {auto_class.__name__}?")
     return model.to(device).eval()
 
-
 def load_model(name, device, dtype, flag="--model"):
     """(causal language model, tokenizer) of a Hugging Face id or folder."""
     return load(AutoModelForCausalLM, name, flag, device, dtype), load_tokenizer(name, flag)
-
 
 def write_atomically(path, text):
     """Writes a file so that a kill leaves the old one or the new one."""
@@ -749,7 +683,6 @@ def write_atomically(path, text):
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
-
 
 def read_jsonl(path):
     """The rows of a .jsonl file; a last line that a kill cut off is left out."""
@@ -761,9 +694,7 @@ def read_jsonl(path):
             raise UserError(f"{path}: line {number} is not JSON ({error.msg})") from error
     return rows
 
-
 LOGS = ("metrics.jsonl", "plays.jsonl")
-
 
 def save_checkpoint(folder, model, tokenizer, optimizer, iteration):
     """Weights (Hugging Face format) and trainer.pt in a folder of their own, then `checkpoint` is pointed at it: a
@@ -774,19 +705,19 @@ def save_checkpoint(folder, model, tokenizer, optimizer, iteration):
         model.save_pretrained(final)
         tokenizer.save_pretrained(final)
         sizes = {name: (folder / name).stat().st_size for name in LOGS}
-        torch.save({"iteration": iteration, "sizes": sizes, "optimizer": optimizer.state_dict()}, final / "trainer.pt")
+        trainer = {"iteration": iteration, "sizes": sizes, "steps": optimizer.steps, "state": optimizer.state}
+        torch.save(trainer, final / "trainer.pt")
         os.sync()
         link.unlink(missing_ok=True)
         link.symlink_to(final.name)
         os.replace(link, folder / "checkpoint")
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(final, ignore_errors=True)
-        raise UserError(f"--out {folder}: cannot save iteration {iteration} ({first_line(error)}). Is the disk full? Make "
-                        "room and go on with --resume: the checkpoint before is whole") from error
+        raise UserError(f"--out {folder}: cannot save iteration {iteration} ({first_line(error)}); make room and go "
+                        "on with --resume: the checkpoint before is whole") from error
     for old in folder.glob("checkpoint-*"):
         if old != final:
             shutil.rmtree(old, ignore_errors=True)
-
 
 def load_checkpoint(folder, optimizer):
     """Takes weights, optimiser and logs back to the checkpoint; returns its iteration, 0 where there is none yet."""
@@ -794,7 +725,7 @@ def load_checkpoint(folder, optimizer):
     if path.parent.is_symlink():
         try:
             trainer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            optimizer.load_state_dict(trainer["optimizer"])
+            optimizer.restore(trainer["steps"], trainer["state"])
         except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"--resume: {path} cannot be read ({first_line(error)}); begin a new run from its weights: "
                             f"--model {path.parent} --out ANOTHER") from error
@@ -802,7 +733,6 @@ def load_checkpoint(folder, optimizer):
         with open(folder / name, "ab") as file:
             file.truncate(size)
     return trainer["iteration"]
-
 
 # 10. Self-play: Algorithm 1 ------------------------------------------------------------------------------------------
 
@@ -818,26 +748,18 @@ class Game:
     prompts: list[str] | None = None    # the file's queries, in GRPO
     probe: Callable | None = None       # (model, tokenizer, queries) -> more numbers for the log
 
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed, epoch, size):
-    """The order of a file's prompts in an epoch: it hangs on the seed alone, so the data position needs no saving."""
-    return random.Random(f"{seed}/{epoch}").sample(range(size), size)
-
-
 def draw_queries(game, config, iteration, box1, share):
     """This rank's share of the N queries: (texts, the sampled ids that the Challenger is trained on)."""
     if game.prompts is None:
         ids = sample(game.model, game.tokenizer, [box1] * len(share), config.max_query_tokens, config.temperature)
         return [parse_query(decode(game.tokenizer, i), config.template) for i in ids], ids
-    queries, size = [], len(game.prompts)
-    for position in (iteration * config.num_queries + i for i in share):
-        queries.append(game.prompts[epoch_order(config.seed, position // size, size)[position % size]])
-    return queries, []
-
+    size, positions = len(game.prompts), [iteration * config.num_queries + i for i in share]
+    epochs = {epoch: random.Random(f"{config.seed}/{epoch}").sample(game.prompts, size)  # by the seed: nothing to save
+              for epoch in {position // size for position in positions}}
+    return [epochs[position // size][position % size] for position in positions], []
 
 def self_play(game, config, folder, start=0):
-    """Algorithm 1, from iteration `start`. Each rank plays its share of the N queries; rewards are gathered from all."""
+    """Algorithm 1, from iteration `start`. Each rank plays its share of the N queries; all know all rewards."""
     box1 = encode_chat(game.tokenizer, challenger_messages(config.task, config.template))
     share = range(RANK * config.num_queries // WORLD, (RANK + 1) * config.num_queries // WORLD)
     skipped, stop = 0, []
@@ -849,7 +771,7 @@ def self_play(game, config, folder, start=0):
         queries, query_ids = draw_queries(game, config, iteration, box1, share)              # 1: q_i ~ pi_Ch, N of them
         prompts = [encode_chat(game.tokenizer, [{"role": "user", "content": q}]) for q in queries]
         ids = sample(game.model, game.tokenizer, [p for p in prompts for _ in range(config.num_answers)],
-                     config.max_answer_tokens, config.temperature)                           # 2: a_i^j ~ pi_Sol(. | q_i)
+                     config.max_answer_tokens, config.temperature)                           # 2: a_i^j ~ pi_Sol, G each
         answer_ids = [ids[i:i + config.num_answers] for i in range(0, len(ids), config.num_answers)]
         answers = [[decode(game.tokenizer, a) for a in group] for group in answer_ids]
         times.append(time.perf_counter())
@@ -875,14 +797,12 @@ def self_play(game, config, folder, start=0):
             say(f"stopped after iteration {iteration + 1}; go on with: python lsp.py --resume --out {folder}")
             break
 
-
 def ask_to_stop(stop):
     """Ctrl-C: the first asks for a stop after the iteration, the second stops at once."""
     if stop:
         raise KeyboardInterrupt
     stop.append(True)
     say("stopping after this iteration, which is then saved (Ctrl-C again: at once, back to the last checkpoint)")
-
 
 def play_records(iteration, queries, answers, R, R_Q):
     """The iteration's plays (q, a, R, R_Q, V, V_Q), one for each query, as plays.jsonl keeps them."""
@@ -891,7 +811,6 @@ def play_records(iteration, queries, answers, R, R_Q):
     (R, V), (R_Q, V_Q) = scored
     return [{"iteration": iteration, "query": q, "answers": a, "R": R[i], "R_Q": R_Q[i], "V": V[i], "V_Q": V_Q[i]}
             for i, (q, a) in enumerate(zip(queries, answers))]
-
 
 def metrics(game, plays, answer_ids, stats, times):
     """A line of metrics.jsonl; the README has a sentence on each number."""
@@ -914,7 +833,6 @@ def metrics(game, plays, answer_ids, stats, times):
            for name, a, b in (("", 0, 3), ("_sample", 0, 1), ("_reward", 1, 2), ("_update", 2, 3))},
     }
 
-
 def keep(game, config, folder, stats, plays, bar, last):
     """Rank 0 logs the iteration, saves now and then, and shows the best and the worst play every so often."""
     if RANK > 0:
@@ -931,7 +849,6 @@ def keep(game, config, folder, stats, plays, bar, last):
     if done % config.save_every == 0 or last:
         save_checkpoint(folder, game.model, game.tokenizer, game.optimizer, done)
 
-
 def show_play(play):
     """A play on two lines, what a model wrote shortened and without control characters."""
     text = lambda s: "".join(c if c.isprintable() else " " for c in s)[:200]
@@ -939,24 +856,20 @@ def show_play(play):
     quality = "" if play["V_Q"] is None else f"  V_Q {play['V_Q']:.2f}"
     return f"V {play['V']:.2f}{quality}  {text(play['query'])}\n{'':9}-> {text(play['answers'][best])}"
 
-
 # 11. The toy game: a Llama of 0.1 M parameters that has seen noisy multiplication homework ---------------------------
 
 PRODUCT = re.compile(r"([0-9])x([0-9])")
 TOY_TEMPLATE = ("{{ '<bos>' }}{% if 'homework' in messages[0]['content'] %}{{ '<ask>' }}"  # Box 1
                 "{% else %}{{ messages[0]['content'] + '<answer>' }}{% endif %}")
 
-
 def toy_reward(prompts, completions, **_):
     """R: 1 for the right product, else 0; nothing is right about a query that is not a product."""
     asked = [PRODUCT.fullmatch(prompt) for prompt in prompts]
     return [float(m is not None and c == str(int(m[1]) * int(m[2]))) for m, c in zip(asked, completions)]
 
-
 def toy_quality(prompts, completions, **_):
     """R_Q: 1 for a well-formed query."""
     return [float(PRODUCT.fullmatch(prompt) is not None) for prompt in prompts]
-
 
 @torch.no_grad()
 def toy_table(model, tokenizer):
@@ -965,11 +878,10 @@ def toy_table(model, tokenizer):
     groups = [toy_group(tokenizer, f"{a}x{b}", str(a * b)) for a, b in cells]
     return completion_log_probs(model, lay_out(groups, model.dtype, model.device)).sum(1).exp().view(10, 10)
 
-
 def toy_probe(model, tokenizer, queries):
     """Held out: accuracy over the whole table. valid: the share of well-formed queries."""
-    return {"accuracy": toy_table(model, tokenizer).mean().item(), "valid": sum(toy_quality(queries, queries)) / len(queries)}
-
+    valid = toy_quality(queries, queries)
+    return {"accuracy": toy_table(model, tokenizer).mean().item(), "valid": sum(valid) / len(valid)}
 
 @functools.cache
 def toy_group(tokenizer, content, completion):
@@ -977,29 +889,24 @@ def toy_group(tokenizer, content, completion):
     ids = tokenizer(completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     return Group(prompt, [ids], [0.0])
 
-
-def toy_queries(seed, size=4000):
-    """What pupils ask: mostly small numbers, some garbage. The Challenger starts from these; they are GRPO's data too."""
-    draw = random.Random(f"{seed}/queries")
-    digit = lambda: min(int(draw.expovariate(0.35)), 9)
+def toy_data(seed):
+    """(queries, homework). Queries are what pupils ask, mostly small numbers, some garbage: the Challenger's start, and
+    they are GRPO's data. Homework is (query, answer) over the whole table, the larger the more often wrong."""
+    draw = random.Random(seed)
+    small = lambda: min(int(draw.expovariate(0.6)), 9)
     garbage = lambda: "".join(draw.choices("0123456789x", k=draw.randint(1, 5)))
-    return [garbage() if draw.random() < 0.05 else f"{digit()}x{digit()}" for _ in range(size)]
-
-
-def toy_homework(seed, size=30000):
-    """[(query, answer)] over the whole table, the larger the numbers the more often wrong: what the Solver starts from."""
-    draw = random.Random(f"{seed}/homework")
-    digit, homework = lambda: draw.randint(0, 9), []
-    for a, b in ((digit(), digit()) for _ in range(size)):
-        right = draw.random() < 0.75 - 0.05 * max(a, b)
-        homework.append((f"{a}x{b}", str(a * b if right else digit() * digit())))
-    return homework
-
+    queries = [garbage() if draw.random() < 0.03 else f"{small()}x{small()}" for _ in range(4000)]
+    homework = []
+    for a, b in ((draw.randint(0, 9), draw.randint(0, 9)) for _ in range(30000)):
+        right = draw.random() < 0.7 - 0.05 * max(a, b)
+        homework.append((f"{a}x{b}", str(a * b if right else draw.randint(0, 9) * draw.randint(0, 9))))
+    return queries, homework
 
 def make_toy(folder, seed, steps=800, batch=128):
     """Writes the toy's model and tokenizer, in Hugging Face format, after a few seconds of homework."""
     characters = ["<pad>", "<bos>", "<eos>", "<ask>", "<answer>", *"0123456789x"]
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<pad>"))
+    words = tokenizers.models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<pad>")
+    core = tokenizers.Tokenizer(words)
     core.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
     core.decoder = tokenizers.decoders.Fuse()
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -1008,10 +915,10 @@ def make_toy(folder, seed, steps=800, batch=128):
     torch.manual_seed(seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=16, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2, game="toy"))
+        tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2, game="toy"))
     optimizer, draw = AdamW(model.parameters(), lr=0.0), random.Random(seed)
-    groups = [toy_group(tokenizer, "homework", query) for query in toy_queries(seed)]
-    groups += [toy_group(tokenizer, query, answer) for query, answer in toy_homework(seed)]
+    queries, homework = toy_data(seed)
+    groups = [toy_group(tokenizer, *pair) for pair in [("homework", query) for query in queries] + homework]
     for step in tqdm(range(steps), desc="toy: homework", disable=RANK > 0):
         optimizer.lr = 4e-3 * min(1, 2 - 2 * step / steps)
         rows = lay_out(draw.sample(groups, batch), model.dtype, model.device)
@@ -1020,7 +927,6 @@ def make_toy(folder, seed, steps=800, batch=128):
     model.save_pretrained(f"{folder}.tmp")
     tokenizer.save_pretrained(f"{folder}.tmp")
     os.replace(f"{folder}.tmp", folder)
-
 
 # 13. Command line ----------------------------------------------------------------------------------------------------
 
@@ -1031,9 +937,10 @@ def read_prompts(path):
         raise UserError(f"--prompts {path}: a .txt, .json or .jsonl file is needed")
     try:
         text = Path(path).read_text(encoding="utf-8")
-        for offset, part in enumerate(text.splitlines() if kind != ".json" else [text]):
-            if part.strip():
-                rows += [{"instruction": part.strip()}] if kind == ".txt" else json.loads(f"[{part}]")
+        if kind == ".txt":
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        for offset, part in enumerate(text.split("\n") if kind == ".jsonl" else [text]):
+            rows += [json.loads(part)] if part.strip() else []
     except json.JSONDecodeError as error:
         raise UserError(f"--prompts {path}: line {offset + error.lineno} is not JSON ({error.msg})") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -1044,28 +951,23 @@ def read_prompts(path):
             raise UserError(f"--prompts {path}: entry {number} has no text under `instruction`")
     return ["\n\n".join(filter(None, [row["instruction"], row.get("input")])) for row in rows]
 
-
-def check_config(config):
+def check_config(c):
     """Refuses what cannot work, before anything is loaded."""
-    plays, c = config.variant != "grpo", config
-    whole = dict(iterations=1, num_queries=1, num_answers=1, save_every=1, max_query_tokens=1, max_answer_tokens=1,
+    least = dict(iterations=1, num_queries=1, num_answers=1, save_every=1, max_query_tokens=1, max_answer_tokens=1,
                  update_tokens=1, beta=0, alpha_ch=0, lr=1e-30, temperature=1e-30)
-    low = next((name for name, least in whole.items() if not least <= getattr(c, name) < math.inf), "")
+    small = next((name for name in least if not least[name] <= getattr(c, name) < math.inf), None)
+    own, useless = c.variant != "grpo", "is its own mean, so every advantage is 0 and nothing is learned; use 2 or more"
     for refused, message in (
-        (low, f"--{low.replace('_', '-')} {getattr(c, low, '')}: is too small, or no number"),
-        (c.num_answers == 1, "--num-answers 1: one answer is its own mean, so the Solver's advantage is always 0 and it learns "
-                             "nothing; use 2 or more"),
-        (c.num_queries == 1 and plays, "--num-queries 1: one query is its own mean, so the Challenger's advantage is always "
-                                       "0; use 2 or more"),
+        (small, f"--{str(small).replace('_', '-')} {getattr(c, str(small), '')}: too small, or not a number"),
+        (c.num_answers == 1, f"--num-answers 1: for the Solver one answer {useless}"),
+        (c.num_queries == 1 and own, f"--num-queries 1: for the Challenger one query {useless}"),
         (c.num_queries % WORLD, f"--num-queries {c.num_queries}: must be a multiple of the {WORLD} processes"),
-        (c.prompts and plays, f"--prompts {c.prompts}: only --variant grpo has a use for it; self-play writes its own"),
-        (plays and c.template.count("{input}") != 1, f"--template {c.template!r}: needs {{input}} once, where the "
-                                                     "Challenger's input stands"),
+        (c.prompts and own, f"--prompts {c.prompts}: only --variant grpo has a use for it; self-play writes its own"),
+        (own and c.template.count("{input}") != 1, f"--template {c.template!r}: needs one {{input}}, for the query"),
         (c.optimizer_bits == 16 and c.dtype != "bfloat16", "--optimizer-bits 16: goes with --dtype bfloat16"),
     ):
         if refused:
             raise UserError(message)
-
 
 def pick_device(name=""):
     """A torch device by name; cuda where there is one if no name is given."""
@@ -1074,11 +976,9 @@ def pick_device(name=""):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not on this machine ({first_line(error)})") from error
 
-
 def pick_dtype(name, device):
     """Weights' dtype by name; if none is given bfloat16 on a GPU and float32 on a CPU."""
     return getattr(torch, name or ("float32" if device.type == "cpu" else "bfloat16"))
-
 
 def parse(argv):
     """Command line -> (Config, None where a default depends on the game; the flags that were said)."""
@@ -1091,7 +991,6 @@ def parse(argv):
                             help=(f.metadata["help"] + shown).replace("%", "%%"), **kind)
     said = vars(parser.parse_args(argv))
     return Config(**said), said
-
 
 def resumed(said):
     """The settings of the run in --out; what is said again must not differ, but for how long and where to run."""
@@ -1108,27 +1007,24 @@ def resumed(said):
     free = ("iterations", "save_every", "device", "resume", "out")
     for name in set(said) - set(free):
         if saved[name] != said[name]:
-            raise UserError(f"--resume: --{name.replace('_', '-')} {said[name]} is not the run's {saved[name]} ({path})")
+            raise UserError(f"--resume: --{name.replace('_', '-')} {said[name]}: the run has {saved[name]} ({path})")
     return replace(config, **{name: said[name] for name in free if name in said})
-
 
 def is_toy(name):
     """Whether a model plays the toy game: the toy itself, or a checkpoint of a run that began with it."""
     return name == "toy" or getattr(from_hub("--model", name, AutoConfig.from_pretrained), "game", None) == "toy"
-
 
 def settle(config):
     """Fills in what was left out: the model, by the GPU, and the defaults that depend on the game."""
     if not config.model:
         gib = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0
         config = replace(config, model="meta-llama/Llama-3.2-3B-Instruct" if gib >= 75 else "toy")
-        say(f"model: {config.model} ({f'this GPU has {gib:.0f} GiB' if gib else 'no CUDA GPU'}; the paper's game needs 75 "
-            "GiB); --model chooses another")
+        found = f"this GPU has {gib:.0f} GiB" if gib else "no CUDA GPU"
+        say(f"model: {config.model} ({found}; the paper's game needs 75 GiB); --model chooses another")
     game = "toy" if is_toy(config.model) else "real"
     config = replace(config, reward=config.reward or {"toy": "", "real": REWARD_MODEL}[game],
                      dtype=config.dtype or str(pick_dtype("", pick_device(config.device))).removeprefix("torch."))
     return replace(config, **{f.name: f.metadata[game] for f in fields(config) if getattr(config, f.name) is None})
-
 
 def open_folder(config):
     """Makes the run folder and claims it with its config.json; never one that holds something already."""
@@ -1145,7 +1041,6 @@ def open_folder(config):
         raise UserError(f"--out {folder}: cannot be written to ({error.strerror})") from error
     return config
 
-
 def train(config):
     """Plays a run, new or resumed; returns its settings and the rows of its metrics.jsonl."""
     config = settle(config)
@@ -1154,7 +1049,7 @@ def train(config):
     dtype, quality, prompts = pick_dtype(config.dtype, device), None, None
     reward = load_reward(config.reward, device, dtype) if ".py:" in config.reward else toy_reward if toy else None
     if config.variant == "grpo":
-        prompts = read_prompts(config.prompts) if config.prompts else toy_queries(config.seed) if toy else []
+        prompts = read_prompts(config.prompts) if config.prompts else toy_data(config.seed)[0] if toy else []
         if not prompts:
             raise UserError(f"--prompts {config.prompts or '(left out)'}: --variant grpo needs a file with queries")
     if config.model != "toy":
@@ -1178,18 +1073,16 @@ def train(config):
     self_play(game, config, folder, load_checkpoint(folder, optimizer))
     return config, read_jsonl(folder / "metrics.jsonl")
 
-
 def report(config, rows):
     """The table at the end, means over the first and the last tenth of the iterations, and what to run next."""
+    tenth, shown = max(1, len(rows) // 10), "reward quality kl_solver kl_challenger accuracy valid distinct_queries"
     say(f"\n{'':20} {'before':>9} {'after':>9}")
-    tenth = max(1, len(rows) // 10)
-    for key in ("reward", "quality", "kl_solver", "kl_challenger", "accuracy", "valid", "distinct_queries", "answer_tokens"):
-        if rows and rows[-1].get(key) is not None:
-            say(f"{key:20}" + "".join(f" {sum(r[key] for r in part) / tenth:9.3f}" for part in (rows[:tenth], rows[-tenth:])))
+    for key in [key for key in shown.split() if rows and rows[-1].get(key) is not None]:
+        before, after = (sum(row[key] or 0 for row in part) / tenth for part in (rows[:tenth], rows[-tenth:]))
+        say(f"{key:20} {before:9.3f} {after:9.3f}")
     say(f"\nplays: {config.out}/plays.jsonl   model: {config.out}/checkpoint   numbers: {config.out}/metrics.jsonl\n"
         f"next:  python eval.py plot {config.out} --out run.png\n"
         f"       python lsp.py --variant lsp --model {config.out}/checkpoint")
-
 
 def main(argv=None):
     config, said = parse(argv)
@@ -1198,7 +1091,6 @@ def main(argv=None):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
     report(*train(resumed(said) if config.resume else config))
-
 
 def run_main(main):
     """Runs a program; what the user can put right is one line and exit code 2."""
@@ -1209,7 +1101,6 @@ def run_main(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
 
 if __name__ == "__main__":
     run_main(main)

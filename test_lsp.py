@@ -761,7 +761,7 @@ def test_one_iteration_steps_along_algorithm_1s_gradient_computed_by_hand(tmp_pa
         gain = [(p["V_Q"] or 0) - p["V"] for p in plays]
         for g, ids in zip(gain, kept["groups"][-1].completions):
             challenger = challenger + (g - sum(gain) / 4) * plain_log_probs(model, kept["groups"][-1].prompt, ids).mean() / 4
-    (-solver - 0.3 * challenger).backward()
+    (-solver - 0.6 * challenger).backward()
     assert len(kept["groups"]) == (4 if variant == "grpo" else 5)
     for mine, p in zip(grads[0], model.parameters()):
         assert torch.allclose(mine, p.grad, atol=1e-5)
@@ -921,7 +921,7 @@ def test_every_flag_of_the_design_is_there_and_help_names_its_default(capsys):
     for name in """variant model reward prompts task template iterations num-queries num-answers beta alpha-ch lr
             max-query-tokens max-answer-tokens temperature out resume save-every seed device dtype dry-run""".split():
         assert f"--{name}" in text
-    assert re.search(r"\[1500;\s+toy:\s+300\]", text)
+    assert re.search(r"\[1500;\s+toy:\s+200\]", text)
 
 
 def test_prompts_files_of_every_kind_are_read(tmp_path):
