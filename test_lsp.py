@@ -921,7 +921,7 @@ def test_every_flag_of_the_design_is_there_and_help_names_its_default(capsys):
     for name in """variant model reward prompts task template iterations num-queries num-answers beta alpha-ch lr
             max-query-tokens max-answer-tokens temperature out resume save-every seed device dtype dry-run""".split():
         assert f"--{name}" in text
-    assert re.search(r"\[1500;\s+toy:\s+200\]", text)
+    assert re.search(r"\[1500;\s+toy:\s+250\]", text)
 
 
 def test_prompts_files_of_every_kind_are_read(tmp_path):
