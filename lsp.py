@@ -269,19 +269,19 @@ class Group:
 
 @dataclass
 class Rows:
-    """Groups laid out as B rows of T tokens; S completions of at most L tokens in all.
+    """Groups laid out as B rows of T tokens, with S completions of at most L tokens and M tokens in all.
     A completion sees the prompt and itself, and its positions go on from the prompt's end, so the prompt is computed
     once instead of K times. E.g. the prompt p q and the completions a b and c:
-        input_ids p q a b c,  position_ids 0 1 2 3 2,  targets a b c,  predicted at q a q.
+        input_ids p q a b c,  position_ids 0 1 2 3 2,  targets a b c,  source (where they are predicted): q a q.
     """
     input_ids: torch.Tensor       # (B, T)
     position_ids: torch.Tensor    # (B, T)
     attention_mask: torch.Tensor  # (B, 1, T, T), added to the attention's scores: 0 or the dtype's minimum
-    source: torch.Tensor          # (S, L) where in the flattened (B * T) the token's predictor stands
-    targets: torch.Tensor         # (S, L)
+    source: torch.Tensor          # (M,) into the flattened (B * T)
+    targets: torch.Tensor         # (M,)
+    slots: torch.Tensor           # (M,) into the flattened (S * L)
     mask: torch.Tensor            # (S, L) True on tokens, False on padding
     advantage: torch.Tensor       # (S,)
-    challenger: torch.Tensor      # (S,) True for the Challenger's sequences
 
 def split_group(group, max_tokens):
     """A group as one or more groups of at most max_tokens tokens, or of one completion if even that has more."""
@@ -310,14 +310,16 @@ def lay_out(groups, dtype, device):
     """Groups -> Rows, padded on the right; padding sees only itself and is predicted from nowhere."""
     width = max(g.tokens for g in groups)
     longest = max(len(c) for g in groups for c in g.completions)
-    input_ids, positions, segments, source, targets = [], [], [], [], []
+    input_ids, positions, segments, source, targets, slots, lengths = [], [], [], [], [], [], []
     for b, group in enumerate(groups):
         start, ids = len(group.prompt), list(group.prompt)
         position, segment = list(range(start)), [0] * start
         for k, completion in enumerate(group.completions):
             length, at = len(completion), b * width + len(ids)
-            source.append([b * width + start - 1, *range(at, at + length - 1)] + [0] * (longest - length))
-            targets.append(completion + [-1] * (longest - length))
+            source += [b * width + start - 1, *range(at, at + length - 1)]
+            slots += range(len(lengths) * longest, len(lengths) * longest + length)
+            targets += completion
+            lengths.append(length)
             ids += completion
             position += range(start, start + length)
             segment += [k + 1] * length
@@ -325,14 +327,14 @@ def lay_out(groups, dtype, device):
         input_ids.append(ids + [0] * pad)
         positions.append(position + [0] * pad)
         segments.append(segment + [-1] * pad)
-    segment = torch.tensor(segments, device=device)  # (B, T): 0 prompt, k the k-th completion, -1 padding
+    tensor = lambda values: torch.tensor(values, device=device)
+    segment = tensor(segments)  # (B, T): 0 prompt, k the k-th completion, -1 padding
     seen = (segment[:, :, None] == segment[:, None, :]) | ((segment[:, None, :] == 0) & (segment[:, :, None] > 0))
     seen &= torch.ones(width, width, dtype=torch.bool, device=device).tril()
     hidden = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
-    tensor = lambda rows: torch.tensor(rows, device=device)
-    return Rows(tensor(input_ids), tensor(positions), hidden[:, None], tensor(source), tensor(targets).clamp(min=0),
-                tensor(targets) >= 0, torch.tensor([a for g in groups for a in g.advantage], device=device),
-                tensor([g.role == "challenger" for g in groups for _ in g.completions]))
+    mask = torch.arange(longest, device=device) < tensor(lengths)[:, None]
+    advantage = tensor([float(a) for g in groups for a in g.advantage])
+    return Rows(*map(tensor, (input_ids, positions)), hidden[:, None], *map(tensor, (source, targets, slots)), mask, advantage)
 
 def token_log_probs(head, hidden, targets, temperature=1.0, chunk=512):
     """log softmax(head(hidden) / temperature) at the targets. hidden (M, H), targets (M,) -> (M,), fp32
@@ -350,9 +352,9 @@ def completion_log_probs(model, rows, temperature=1.0):
     """Log-probability of every completion token. Returns (S, L), 0 on padding."""
     hidden = model.base_model(input_ids=rows.input_ids, attention_mask=rows.attention_mask,
                               position_ids=rows.position_ids, use_cache=False).last_hidden_state
-    at = hidden.flatten(0, 1)[rows.source[rows.mask]]  # (M, H): only where a completion token is predicted
-    log_probs = token_log_probs(model.get_output_embeddings(), at, rows.targets[rows.mask], temperature)
-    return log_probs.new_zeros(rows.mask.shape).masked_scatter(rows.mask, log_probs)
+    at = hidden.flatten(0, 1)[rows.source]  # (M, H): only where a completion's token is predicted
+    log_probs = token_log_probs(model.get_output_embeddings(), at, rows.targets, temperature)
+    return log_probs.new_zeros(rows.mask.numel()).scatter(0, rows.slots, log_probs).view(rows.mask.shape)
 
 @torch.no_grad()
 def check_rows(model, name):
@@ -520,7 +522,7 @@ def stochastic_round(x, generator=None):
     return ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32).bfloat16()
 
 class AdamW:
-    """torch's AdamW a parameter at a time, so that no fp32 copy of more than one tensor comes and goes.
+    """torch's AdamW, 16 M weights at a time, so that fp32 copies never come to much.
     bits 32: moments in fp32, and a fp32 master of every bf16 weight: a step of 1e-6 is below half a bf16 step of most
     weights and would be lost. bits 16: weights and moments in bf16, rounded stochastically, so that small steps are
     taken now and then instead of never (nor would a bf16 second moment times 0.999 ever decay).
@@ -536,14 +538,14 @@ class AdamW:
     def step(self, scale=1.0):
         """One step along the gradients times `scale`; frees them."""
         for index, (p, state) in enumerate(zip(self.parameters, self.state)):
-            w, m, v = (x.float() for x in state)  # the stored tensors themselves where they are fp32
-            step = torch.tensor(float(self.steps), device=p.device)
-            adamw([w], [p.grad.float() * scale], [m], [v], [], [step], lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8,
-                  weight_decay=0.0, amsgrad=False, maximize=False, fused=True)
-            if self.bits == 16:  # with a generator of its own, as every rank must round alike
-                generator = torch.Generator(p.device).manual_seed(self.steps * len(self.parameters) + index)
-                for stored, new in zip(state, (w, m, v)):
-                    stored.copy_(stochastic_round(new, generator))
+            generator = torch.Generator(p.device).manual_seed(self.steps * len(self.parameters) + index)
+            for grad, *stored in zip(*(x.view(-1).split(1 << 24) for x in (p.grad.contiguous(), *state))):
+                w, m, v = (x.float() for x in stored)  # the stored tensors themselves where they are fp32
+                step = torch.tensor(float(self.steps), device=p.device)
+                adamw([w], [grad.float() * scale], [m], [v], [], [step], lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8,
+                      weight_decay=0.0, amsgrad=False, maximize=False, fused=True)
+                for x, new in zip(stored, (w, m, v)) if self.bits == 16 else ():
+                    x.copy_(stochastic_round(new, generator))
             p.copy_(state[0])
             p.grad = None
         self.steps += 1
@@ -564,30 +566,30 @@ class AdamW:
 # 8. Update: one gradient step over both roles' groups ----------------------------------------------------------------
 
 ROLES = ("solver", "challenger")
+SUMS = ("loss", *(f"{what}_{role}" for role in ROLES for what in ("kl", "log_prob", "tokens")))
 
 def accumulate_gradients(model, reference, groups, config, totals):
-    """Adds the gradient of L over `groups` to the model's; returns sums for the log.
+    """Adds the gradient of L over `groups` to the model's; returns the SUMS for the log, (7,).
     totals: sequences of each role in the whole batch {"solver": N G, "challenger": N}. All is divided by these, so
     neither the split into micro-batches nor the ranks change the gradient.
     """
     parts = [part for group in groups for part in split_group(group, config.update_tokens)]
-    sums = {"loss": 0.0} | {f"{what}_{role}": 0.0 for role in ROLES for what in ("kl", "log_prob", "tokens")}
+    sums = torch.zeros(len(SUMS), device=model.device)
     for batch in batch_by_tokens([part.tokens for part in parts], config.update_tokens, fill=0.5):
-        rows = lay_out([parts[i] for i in batch], model.dtype, model.device)
+        batch = sorted((parts[i] for i in batch), key=lambda part: ROLES.index(part.role))
+        rows = lay_out(batch, model.dtype, model.device)
         with torch.no_grad():
             ref_log_probs = completion_log_probs(reference, rows, config.temperature)
         log_probs = completion_log_probs(model, rows, config.temperature)
-        losses = []
-        for role, of_role in zip(ROLES, (~rows.challenger, rows.challenger)):
-            pi, ref, mask = log_probs[of_role], ref_log_probs[of_role], rows.mask[of_role]
-            losses.append(policy_loss(pi, ref, rows.advantage[of_role], mask, config.beta, config.length_norm,
-                                      totals[role]))
-            sums[f"kl_{role}"] += kl_penalty(pi.detach(), ref)[mask].sum().item()
-            sums[f"log_prob_{role}"] += pi.detach()[mask].sum().item()
-            sums[f"tokens_{role}"] += mask.sum().item()
+        solvers = sum(len(part.completions) for part in batch if part.role == "solver")
+        losses, logged = [], []
+        for role, own in zip(ROLES, (slice(solvers), slice(solvers, None))):
+            pi, ref, A, mask = log_probs[own], ref_log_probs[own], rows.advantage[own], rows.mask[own]
+            losses.append(policy_loss(pi, ref, A, mask, config.beta, config.length_norm, totals[role]))
+            logged += [(kl_penalty(pi.detach(), ref) * mask).sum(), pi.detach().sum(), mask.sum()]
         loss = self_play_loss(*losses, config.alpha_ch)
         loss.backward()
-        sums["loss"] += loss.item()
+        sums += torch.stack([loss.detach(), *logged])
     return sums
 
 def update(model, reference, optimizer, groups, config):
@@ -606,7 +608,7 @@ def update(model, reference, optimizer, groups, config):
         tqdm.write(f"out of memory in the update: going on with --update-tokens {config.update_tokens}")
         sums = accumulate_gradients(model, reference, groups, config, totals)
     model.eval()
-    sums = dict(zip(sums, all_reduce(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()))
+    sums = dict(zip(SUMS, all_reduce(sums).tolist()))
     grads = [all_reduce(p.grad) for p in optimizer.parameters]
     norm = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]).norm().item()
     skipped = not math.isfinite(norm + sums["loss"])
