@@ -16,8 +16,8 @@ same code in under a minute. `--model`, `--reward` and `--help` lead on from the
     2 prompts    Box 1, Box 3, their parsers      9 runs         ranks, loading, checkpoints, logs
     3 arithmetic Algorithm 1 as pure functions   10 self-play    Algorithm 1, line by line
     4 log-probs  a group as one row              11 toy game     the paper's figures on a laptop
-    5 sampler    Hugging Face generate           12 memory       --dry-run: what a run will need
-    6 rewards    models, Box 3, your function    13 command line
+    5 sampler    Hugging Face generate           12 command line
+    6 rewards    models, Box 3, your function
     7 optimiser  AdamW over bf16 weights
 
 What the paper leaves open is marked `# OPEN:` where it is decided: the length normalisation and the KL estimator
@@ -334,7 +334,8 @@ def lay_out(groups, dtype, device):
     hidden = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
     mask = torch.arange(longest, device=device) < tensor(lengths)[:, None]
     advantage = tensor([float(a) for g in groups for a in g.advantage])
-    return Rows(*map(tensor, (input_ids, positions)), hidden[:, None], *map(tensor, (source, targets, slots)), mask, advantage)
+    input_ids, positions, source, targets, slots = map(tensor, (input_ids, positions, source, targets, slots))
+    return Rows(input_ids, positions, hidden[:, None], source, targets, slots, mask, advantage)
 
 def token_log_probs(head, hidden, targets, temperature=1.0, chunk=512):
     """log softmax(head(hidden) / temperature) at the targets. hidden (M, H), targets (M,) -> (M,), fp32
@@ -930,7 +931,7 @@ def make_toy(folder, seed, steps=800, batch=128):
     tokenizer.save_pretrained(f"{folder}.tmp")
     os.replace(f"{folder}.tmp", folder)
 
-# 13. Command line ----------------------------------------------------------------------------------------------------
+# 12. Command line -----------------------------------------------------------------------------------------------------
 
 def read_prompts(path):
     """The queries of a .txt file (one a line) or of Alpaca's .json or .jsonl (`instruction`, optional `input`)."""
@@ -1092,6 +1093,10 @@ def main(argv=None):
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
+    if config.dry_run:
+        sys.modules["lsp"] = sys.modules[__name__]  # eval.py imports lsp, which is this file
+        from eval import dry_run
+        return dry_run(settle(replace(config, dtype=config.dtype or "bfloat16")))
     report(*train(resumed(said) if config.resume else config))
 
 def run_main(main):

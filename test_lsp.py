@@ -1169,27 +1169,21 @@ def test_a_pair_without_a_reply_is_null_and_only_retry_failed_asks_it_again(tmp_
         assert server.asked == {f"Question {i}?": 4 if i == 4 else 1 for i in range(6)}
 
 
-class Clock:
-    """In the place of the event that a worker pauses on: notes the pauses and takes none."""
-    def __init__(self):
-        self.pauses = []
-
-    def wait(self, seconds):
-        self.pauses.append(seconds)
-
-
 def test_pauses_grow_and_keep_to_retry_after(monkeypatch):
+    pauses = []
     monkeypatch.setattr(evaluation, "PAUSE", 1.0)
-    args = argparse.Namespace(judge="j", max_new_tokens=5, max_tries=7, timeout=5)
+    monkeypatch.setattr(evaluation.time, "sleep", pauses.append)
+    args = argparse.Namespace(judge="j", max_new_tokens=5, max_tries=9, timeout=5)
     pair = {"instruction": "Question 0?", "output_1": "x", "output_2": "y"}
-    respond = lambda text, nth: (429, {"Retry-After": "43"}, b"") if nth == 2 else (500, {}, b"")
+    after = {2: "43", 8: "100000"}  # what the server asks for; the second is more than we wait for anybody
+    respond = lambda text, nth: (429, {"Retry-After": after[nth]}, b"") if nth in after else (500, {}, b"")
     with Endpoint(respond) as server:
-        args.base_url, clock = server.url, Clock()
-        record = evaluation.ask(evaluation.endpoint_client(args), pair, args, clock)
-    assert record["preference"] is None and "7 tries" in record["error"] and "HTTP 500" in record["error"]
-    assert len(clock.pauses) == 6 and clock.pauses[1] == 43
+        args.base_url = server.url
+        record = evaluation.ask(evaluation.endpoint_client(args), pair, args)
+    assert record["preference"] is None and "9 tries" in record["error"] and "HTTP 500" in record["error"]
+    assert len(pauses) == 8 and pauses[1] == 43 and pauses[7] == 60
     for n in (0, 2, 3, 4, 5):
-        assert 0.5 * 2 ** n <= clock.pauses[n] <= 1.5 * 2 ** n
+        assert 0.5 * 2 ** n <= pauses[n] <= 1.5 * 2 ** n
 
 
 @pytest.mark.parametrize("status, flag", [(401, "key"), (403, "key"), (404, "--judge")])
@@ -1197,21 +1191,21 @@ def test_a_wrong_key_or_model_stops_at_once_with_one_line(tmp_path, status, flag
     refuse = lambda text, nth: (status, {}, f"no:\n{KEY}".encode())
     with Endpoint(refuse) as server, pytest.raises(lsp.UserError, match=flag) as error:
         run_judge(tmp_path, pairs_on_disk(tmp_path, 40), server.url, "--workers", "2")
-    assert server.asked.total() <= 4 and "\n" not in str(error.value) and KEY not in str(error.value)
+    assert server.asked.total() < 10 and "\n" not in str(error.value) and KEY not in str(error.value)
     assert not list(tmp_path.glob("annotations.json")) and str(status) in str(error.value)
 
 
 def test_an_endpoint_that_refuses_every_pair_is_not_asked_for_all(tmp_path):
     with Endpoint(lambda text, nth: (400, {}, b"unknown parameter")) as server:
-        with pytest.raises(lsp.UserError, match="3 pairs in a row.*unknown parameter"):
-            run_judge(tmp_path, pairs_on_disk(tmp_path, 40), server.url, "--workers", "1")
-    assert server.asked.total() <= 5
+        with pytest.raises(lsp.UserError, match="10 pairs in a row.*unknown parameter"):
+            run_judge(tmp_path, pairs_on_disk(tmp_path, 200), server.url, "--workers", "1")
+    assert server.asked.total() < 100
 
 
 def test_an_endpoint_that_is_down_is_given_up(tmp_path):
     with socket.socket() as taken:  # bound, so no other process has it, and not listening
         taken.bind(("127.0.0.1", 0))
-        with pytest.raises(lsp.UserError, match="20 pairs in a row"):
+        with pytest.raises(lsp.UserError, match="10 pairs in a row"):
             run_judge(tmp_path, pairs_on_disk(tmp_path, 40), f"http://127.0.0.1:{taken.getsockname()[1]}/v1",
                   "--max-tries", "2")
 
@@ -1239,7 +1233,7 @@ def test_a_missing_or_broken_key_is_an_error_that_does_not_show_it(tmp_path, mon
 def test_sigkill_loses_no_verdict_and_asks_for_none_twice(tmp_path):
     files, out, most = pairs_on_disk(tmp_path, 30), tmp_path / "annotations.json", threading.Semaphore(8)
     progress = Path(f"{out}.progress.jsonl")
-    lines = lambda: progress.read_bytes().split(b"\n")[1:-1] if progress.exists() else []
+    lines = lambda: progress.read_bytes().split(b"\n")[:-1] if progress.exists() else []
 
     def respond(text, nth):
         most.acquire()  # eight answers a life, then none: each life ends in the middle, whatever the machine's speed
@@ -1271,18 +1265,18 @@ def test_sigkill_loses_no_verdict_and_asks_for_none_twice(tmp_path):
 # --- the progress file
 
 
-def test_progress_of_another_judge_is_refused_and_of_other_outputs_ignored(tmp_path, capsys):
+def test_records_of_another_judge_or_of_other_outputs_are_not_taken(tmp_path):
     files = pairs_on_disk(tmp_path, 4)
     with Endpoint(longer_wins) as server:
         run_judge(tmp_path, files, server.url)
-        with pytest.raises(lsp.UserError, match="another judge"):
-            run_judge(tmp_path, files, server.url, "--judge", "someone-else")
         outputs = json.loads((tmp_path / "ours.json").read_text())
         outputs[1]["output"] = "now much longer than the other one"
         write_json(tmp_path / "ours.json", outputs)
         assert run_judge(tmp_path, files, server.url) == [2, 2, 2, 1]
-    assert "1 records of other outputs are ignored" in capsys.readouterr().out
-    assert server.asked == {"Question 0?": 1, "Question 1?": 2, "Question 2?": 1, "Question 3?": 1}
+        assert server.asked == {"Question 0?": 1, "Question 1?": 2, "Question 2?": 1, "Question 3?": 1}
+    with Endpoint(lambda text, nth: "TIE") as server:
+        assert run_judge(tmp_path, files, server.url, "--judge", "someone-else") == [1.5] * 4
+    assert run_judge(tmp_path, files, "http://127.0.0.1:9/v1") == [2, 2, 2, 1]  # the first one's are still there
 
 
 def test_a_file_that_another_program_wrote_is_not_overwritten(tmp_path):
@@ -1338,14 +1332,14 @@ class FakeModel:
         return [[ord(c) for c in self.answer(text)] for text in texts]
 
 
-def test_a_local_chat_model_judges_in_batches_that_a_kill_does_not_repeat(tmp_path, monkeypatch):
-    files, model = pairs_on_disk(tmp_path, 20), FakeModel(monkeypatch, longer_wins)
-    model.answer = lambda text: longer_wins(text) if len(model.sampled) < 2 else interrupt()
+def test_a_local_chat_model_judges_and_a_kill_repeats_no_verdict(tmp_path, monkeypatch):
+    files, model = pairs_on_disk(tmp_path, 12), FakeModel(monkeypatch, longer_wins)
+    model.answer = lambda text: longer_wins(text) if len(model.sampled) < 5 else interrupt()
     with pytest.raises(KeyboardInterrupt):
         run_judge(tmp_path, files, "http://127.0.0.1:9/v1", "--local")
     model.answer = longer_wins
-    assert run_judge(tmp_path, files, "http://127.0.0.1:9/v1", "--local") == RIGHT[:20]
-    assert [len(batch) for batch in model.sampled] == [8, 8, 8, 4]  # the second was cut off, and asked again
+    assert run_judge(tmp_path, files, "http://127.0.0.1:9/v1", "--local") == RIGHT[:12]
+    assert len(model.sampled) == 13  # the fifth was cut off, and asked again
 
 
 # --- generate
@@ -1354,15 +1348,17 @@ def test_a_local_chat_model_judges_in_batches_that_a_kill_does_not_repeat(tmp_pa
 def run_generate(folder, *more):
     out = folder / "outputs.json"
     evaluation.main(["generate", "--model", str(folder / "runs/mine/checkpoint"), "--instructions",
-                     str(folder / "instructions.json"), "--out", str(out), "--batch-size", "3", *more])
+                     str(folder / "instructions.json"), "--out", str(out), *more])
     return json.loads(out.read_text())
 
 
 @pytest.fixture
 def fake_model(tmp_path, monkeypatch):
     """A model whose answers depend on torch's generator; ten instructions of two subsets, not in order of length."""
-    (tmp_path / "runs/mine/checkpoint").mkdir(parents=True)
-    (tmp_path / "runs/mine/checkpoint/model.safetensors").write_text("weights")
+    monkeypatch.setattr(evaluation, "BATCH", 3)
+    for iteration in (50, 100):
+        (tmp_path / f"runs/mine/checkpoint-{iteration}").mkdir(parents=True)
+    (tmp_path / "runs/mine/checkpoint").symlink_to("checkpoint-50")
     write_json(tmp_path / "instructions.json", [{"dataset": "ab"[i // 5], "instruction": "tell " * (i * 7 % 10 + 1)}
                                            for i in range(10)])
     return FakeModel(monkeypatch, lambda text: f"{len(text)}: {torch.randint(10**6, (1,)).item()}")
@@ -1398,14 +1394,15 @@ def test_a_kill_changes_no_answer_and_repeats_no_finished_batch(tmp_path, fake_m
     assert run_generate(tmp_path) == whole and fake_model.sampled == []
 
 
-def test_progress_of_other_settings_or_weights_is_refused(tmp_path, fake_model):
-    run_generate(tmp_path, "--limit", "4")
-    for flag in ("temperature", "seed", "max-new-tokens"):
-        with pytest.raises(lsp.UserError, match=flag.replace("-", "_")):
-            run_generate(tmp_path, "--limit", "4", f"--{flag}", "3")
-    (tmp_path / "runs/mine/checkpoint/model.safetensors").write_text("trained on")
-    with pytest.raises(lsp.UserError, match="another weights"):
-        run_generate(tmp_path)
+def test_answers_of_other_settings_or_weights_are_not_taken(tmp_path, fake_model):
+    first = run_generate(tmp_path, "--limit", "4")
+    for number, flag in enumerate(("temperature", "max-new-tokens"), 2):
+        run_generate(tmp_path, "--limit", "4", f"--{flag}", "3")
+        assert sum(map(len, fake_model.sampled)) == 4 * number
+    assert run_generate(tmp_path, "--limit", "4") == first and sum(map(len, fake_model.sampled)) == 12
+    (tmp_path / "runs/mine/checkpoint").unlink()
+    (tmp_path / "runs/mine/checkpoint").symlink_to("checkpoint-100")  # the run has gone on
+    assert run_generate(tmp_path, "--limit", "4")[0]["generator"] == "mine" and sum(map(len, fake_model.sampled)) == 16
 
 
 def test_a_limit_takes_from_every_subset_and_can_be_raised(tmp_path, fake_model):
@@ -1429,9 +1426,9 @@ def run_folder(folder, variant, rows, plays=()):
 
 @pytest.fixture
 def drawn_figures(monkeypatch):
-    drawn = []
-    save = evaluation.save_figure
-    monkeypatch.setattr(evaluation, "save_figure", lambda figure, out: (drawn.append(figure), save(figure, out)))
+    from matplotlib.figure import Figure
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *to, **how: (drawn.append(figure), save(figure, *to, **how)))
     return drawn
 
 
@@ -1443,13 +1440,22 @@ def test_a_plot_has_a_panel_for_each_metric_there_is_and_a_line_for_each_run(tmp
                      "--out", str(out)])
     panels = {axes.get_title(): axes for axes in drawn_figures[0].axes}
     assert [title.split()[0] for title in panels] == ["reward", "quality", "KL"]
-    raw, smooth = panels["reward V"].lines[:2]
-    assert raw.get_ydata().tolist() == [2.0 * i for i in range(30)]
-    np.testing.assert_allclose(smooth.get_ydata()[5:-5], raw.get_ydata()[5:-5])  # a straight line is smooth already
-    assert [len(axes.lines) for axes in panels.values()] == [4, 2, 6]
-    assert [text.get_text() for text in drawn_figures[0].legends[0].get_texts()] == ["one (grpo)", "two (lsp)"]
+    one, two = panels["reward V"].lines
+    assert one.get_xydata().tolist() == [[i, 2.0 * i] for i in range(30)] and len(two.get_xdata()) == 30
+    assert [len(axes.lines) for axes in panels.values()] == [2, 1, 3]
+    assert [text.get_text() for text in drawn_figures[0].legends[0].get_texts()] == [str(tmp_path / "one"),
+                                                                                    str(tmp_path / "two")]
     assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size < 300_000
     assert [path.name for path in out.parent.iterdir()] == ["runs.png"]
+
+
+def test_a_point_of_a_long_run_is_a_median_that_one_wild_iteration_does_not_move(tmp_path, drawn_figures):
+    rows = [{"iteration": i, "reward": 1e9 if i == 42 else 1.0, "accuracy": i / 2 if i % 5 == 0 else None}
+            for i in range(450)]
+    evaluation.main(["plot", run_folder(tmp_path / "run", "lsp", rows), "--out", str(tmp_path / "run.png")])
+    reward, accuracy = (axes.lines[0].get_xydata() for axes in drawn_figures[0].axes)
+    np.testing.assert_allclose(reward, [[15 * i + 7, 1.0] for i in range(30)])
+    np.testing.assert_allclose(accuracy, [[15 * i + 5, (15 * i + 5) / 2] for i in range(30)])
 
 
 def test_win_rate_bars_stand_for_the_table(tmp_path, drawn_figures):
@@ -1510,9 +1516,7 @@ def test_what_a_model_wrote_cannot_steer_the_terminal(tmp_path, capsys):
 
 @pytest.mark.parametrize("content, says", [
     (None, "No such file"), ("[", "not a JSON file"), ("{}", "JSON list"), ("[]", "JSON list"),
-    ('[{"instruction": "i", "output": 3}]', "entry 1 .*`output`"), ("[3]", "entry 1"),
-    ('[{"instruction": "i", "output": "o", "generator": "g"}, {"instruction": "i", "output": "o", "generator": "g"}]',
-     "entry 2 repeats")])
+    ('[{"instruction": "i", "output": 3}]', "entry 1 .*`output`"), ("[3]", "entry 1")])
 def test_a_bad_outputs_file_is_named_with_the_entry_at_fault(tmp_path, content, says):
     files, bad = pairs_on_disk(tmp_path, 2), tmp_path / "bad.json"
     if content is not None:
@@ -1552,6 +1556,58 @@ def test_numbers_out_of_range_are_refused_by_the_flag(flags, capsys):
     with pytest.raises(SystemExit) as exit:
         evaluation.main(["generate", "--model", "m", "--out", "o", *flags])
     assert exit.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+def save_llama_3b_config(folder):
+    """The public numbers of Llama-3.2-3B; no weights."""
+    LlamaConfig(vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+                num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, tie_word_embeddings=True, num_labels=1,
+                pad_token_id=128004).save_pretrained(folder)
+    return str(folder)
+
+
+def settings_3b(folder, **more):
+    return dataclasses.replace(lsp.settle(lsp.Config(model=folder, reward=folder, dtype="bfloat16", device="cpu")), **more)
+
+
+def test_the_papers_run_fits_an_80_gb_card_in_every_phase_with_8_gib_to_spare(tmp_path):
+    resident, phases = evaluation.memory_plan(settings_3b(save_llama_3b_config(tmp_path / "3b"), variant="lsp"))
+    count = 128256 * 3072 + 28 * (2 * 3072 * 3072 + 2 * 3072 * 1024 + 3 * 3072 * 8192 + 2 * 3072) + 3072  # 3,212,749,824
+    assert resident["weights"] == resident["reference"] == pytest.approx(2 * count / 2**30, rel=1e-3)
+    assert resident["reward model"] == pytest.approx(resident["weights"], rel=1e-3)
+    assert resident["masters and moments"] == pytest.approx(12 * count / 2**30, rel=1e-3)
+    assert phases["update"]["gradients"] == pytest.approx(resident["weights"], rel=1e-3)
+    kv_cache = 64 * (64 + 256 + 512) * 114_688 / 2**30  # N G rows of a template, a query and an answer
+    assert kv_cache <= phases["sampling"]["KV cache and logits"] <= kv_cache * 1.05
+    assert max(parts["peak"] for parts in phases.values()) <= 79 - 8
+
+
+def test_sixteen_bit_training_traces_under_44_gib(tmp_path):
+    config = settings_3b(save_llama_3b_config(tmp_path / "3b"), variant="lsp", optimizer_bits=16)
+    resident, phases = evaluation.memory_plan(config)
+    assert resident["masters and moments"] == pytest.approx(2 * resident["weights"], rel=1e-3)
+    assert max(parts["peak"] for parts in phases.values()) <= 44
+
+
+def test_the_trace_on_fake_tensors_counts_what_real_tensors_take():
+    peaks, groups = [], random_groups()
+    for mode in (evaluation.FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad()):
+        config = lsp.Config(beta=0.1, alpha_ch=0.5, update_tokens=40)
+        with mode, torch.enable_grad(), evaluation.LiveBytes() as live:
+            model, reference = tiny_llama(), tiny_llama(seed=1)
+            optimizer = lsp.AdamW(model.parameters(), 1e-3)
+            work = lambda: lsp.accumulate_gradients(model, reference, groups, config, {"solver": 5, "challenger": 1})
+            peaks.append((*live.during(work), *live.during(optimizer.step)))
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.03) and peaks[0][1] > peaks[0][0]
+
+
+def test_a_dry_run_prints_every_phase_and_loads_nothing(tmp_path):
+    folder = save_llama_3b_config(tmp_path / "3b")
+    done = subprocess.run([sys.executable, "lsp.py", "--dry-run", "--model", folder, "--reward", folder, "--gpu-memory", "48"],
+                          cwd=HERE, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and done.stderr == ""
+    for word in ("weights 6.0", "masters and moments 35.9", "sampling", "update", "step", "does not fit in 48.0 GiB"):
+        assert word in done.stdout
 
 
 # README ---------------------------------------------------------------------------------------------------------------
