@@ -28,19 +28,17 @@ What the paper leaves open is marked `# OPEN:` where it is decided: the length n
 import argparse
 import copy
 import functools
-import importlib.util
-import itertools
 import json
 import math
 import os
 import pickle
 import random
 import re
+import runpy
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -52,27 +50,21 @@ from safetensors import SafetensorError
 from torch.optim.adamw import adamw
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import DynamicCache, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SAMPLE_TOKENS = 98304  # prompt and completion tokens in flight while sampling: 64 x 1536, a 10.5 GiB KV cache at 3B
 JUDGE_TOKENS = 160     # Box 3 asks for a sentence or two, a sum and a tag
-MAX_GRAD_NORM = 1.0    # the usual bound; logged before it is applied
 REWARD_MODEL = "Skywork/Skywork-Reward-V2-Llama-3.2-3B"  # the paper's
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
-MAX_SKIPPED = 3        # updates in a row that may come out infinite or NaN before a run gives up
 
 class UserError(Exception):
     """Something the user can put right: one line that names the flag, file or line at fault. Ends with exit code 2."""
 
 # 1. Settings ---------------------------------------------------------------------------------------------------------
-
-TASK = ("Follow one instruction, of any kind that people bring to a text assistant: explaining, reasoning, planning, "
-        "writing, coding, advice, mathematics.")
+TASK = "Follow one instruction, of any kind that people bring to a text assistant: writing, reasoning, code, advice."
 
 def flag(default, help, toy=None, choices=None):
     """A command line flag; `toy` is its default in the toy game where that differs."""
@@ -112,7 +104,6 @@ class Config:
     gpu_memory: float = flag(0.0, "--dry-run: GiB to fit into; left out: this GPU's, or 79 (an 80 GB card)")
 
 # 2. Prompts: Box 1, Box 3 and their parsers (our own words; the rules are the paper's) -------------------------------
-
 CHALLENGER_PROMPT = """\
 You write inputs that test a language assistant. Given a task and a template, write one input for that task.
 
@@ -126,7 +117,6 @@ Rules:
 4. Follow the template to the letter, so that a program can read it: your input stands where {{input}} stands.
 5. Make it hard: one that a good assistant is likely to get wrong, although it is clear what is asked.
 """
-
 SELF_REWARD_PROMPT = """\
 You grade an exchange between a user and an assistant: the instruction and the response together. Ask these seven
 questions and give one point for each yes, none for a no:
@@ -151,8 +141,7 @@ Grade this exchange. Reply in exactly this form, shown here for one that earns p
 <sum>1 + 1 + 0 + 0 + 0 + 1 + 0 = 3</sum>
 <score>3</score>
 """
-
-QUOTED_TAG = re.compile(r"<(?=\s*/?\s*(?:instruction|response|justification|sum|score)\b)", re.IGNORECASE)
+QUOTED_TAG = re.compile(r"<(?=\s*+/?\s*+(?:instruction|response|justification|sum|score)\b)", re.IGNORECASE)
 
 def challenger_messages(task, template):
     """Box 1. The Challenger's chat: write one hard input for `task` in the frame of `template` (see parse_query)."""
@@ -165,8 +154,7 @@ def self_reward_messages(instruction, response):
 
 def parse_query(text, template="<input>{input}</input>"):
     """The Challenger's input out of its reply: what stands where {input} stands in the template.
-    # OPEN: Algorithm 1 rejects nothing. A reply that misses the frame is played as it is; KL and R_Q hold it in place.
-    """
+    # OPEN: Algorithm 1 rejects nothing. A reply that misses the frame is played as it is; KL and R_Q hold it."""
     before, after = (part.strip() for part in template.split("{input}", 1))
     if before and before in text:
         text = text.split(before, 1)[1]
@@ -176,14 +164,13 @@ def parse_query(text, template="<input>{input}</input>"):
 
 def parse_score(text):
     """Box 3's score, 0 to 7, out of the judge's reply; None where it does not give exactly one."""
-    scores = re.findall(r"<score>(.*?)</score>", text, re.DOTALL | re.IGNORECASE)
-    return int(scores[0]) if len(scores) == 1 and re.fullmatch(r"\s*[0-7]\s*", scores[0]) else None
+    found = re.search(r"<score>\s*+([0-7])\s*+</score>", text, re.IGNORECASE)
+    return int(found[1]) if found and text.lower().count("<score>") == 1 else None
 
 def encode_chat(tokenizer, messages, generation_prompt=True):
     """Chat messages -> the prompt's token ids, ending where the assistant speaks.
     The template writes BOS and turn markers itself, so nothing is added; a marker inside a message is text, not a
-    turn: a space after its first character keeps the tokenizer from reading it as one.
-    """
+    turn: a space after its first character keeps the tokenizer from reading it as one."""
     markers = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and len(t.content) > 1]
     if markers:
         pattern = re.compile("|".join(re.escape(m) for m in sorted(markers, key=len, reverse=True)))
@@ -197,7 +184,6 @@ def decode(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 # 3. Algorithm 1's arithmetic: pure functions on tensors. R, R_Q: (N, G); N queries, G answers each. ------------------
-
 def group_value(rewards):
     """V(q_i) = (1/G) sum_j R(q_i, a_i^j), Algorithm 1 line 4. (N, G) -> (N,)"""
     return rewards.mean(dim=1)
@@ -206,8 +192,7 @@ def solver_advantage(rewards):
     """A_Sol(q_i, a_i^j) = R - V(q_i), Algorithm 1 line 5; for LSP hand in R + R_Q. (N, G) -> (N, G)
     Centred only, not divided by a standard deviation. Exactly 0 where a group's rewards are all the same (taking the
     first off before the mean leaves no rounding dust), so also for G = 1.
-    # OPEN: R and R_Q are added as they come, unscaled.
-    """
+    # OPEN: R and R_Q are added as they come, unscaled."""
     shifted = rewards - rewards[:, :1]
     return shifted - shifted.mean(dim=1, keepdim=True)
 
@@ -226,8 +211,7 @@ def kl_penalty(log_probs, ref_log_probs):
     """KL(pi || pi_Ref) per token, estimated on tokens sampled from pi. (...) -> (...)
     k3 = exp(d) - d - 1 with d = log pi_Ref - log pi is never negative and has the KL as its mean, but the gradient of
     k3 alone is that of the *forward* KL. Times ratio = pi / sg(pi), which is 1, it has the KL's value and gradient.
-    # OPEN: the paper names no estimator.
-    """
+    # OPEN: the paper names no estimator."""
     delta = ref_log_probs - log_probs
     ratio = torch.exp(log_probs - log_probs.detach())
     return ratio * (torch.exp(delta) - delta - 1)
@@ -238,8 +222,7 @@ def policy_loss(log_probs, ref_log_probs, advantage, mask, beta, length_norm="me
     carries the policy gradient. num_sequences: S of the whole batch where these rows are only a part of it, so that
     the parts' losses add up to the batch's. Returns a scalar.
     # OPEN: length_norm "sum" is the formula taken literally, a sequence's log-probability being the sum of its tokens';
-    # "mean" divides by the sequence's length, as TRL's GRPO did: see the README for what the toy game says of both.
-    """
+    # "mean" divides by the sequence's length, as TRL's GRPO did: see the README for what the toy game says of both."""
     ratio = torch.exp(log_probs - log_probs.detach())
     delta = ref_log_probs - log_probs
     kl = ratio * (torch.exp(delta) - delta - 1)  # kl_penalty, written out so that this function can be cut out alone
@@ -254,7 +237,6 @@ def self_play_loss(solver_loss, challenger_loss, alpha_ch):
     return solver_loss + alpha_ch * challenger_loss
 
 # 4. Log-probabilities: a group is one row, [prompt | completion 1 | ... | completion K] ------------------------------
-
 @dataclass
 class Group:
     """One prompt and its completions: what sampling, advantages and losses are about. Told apart by index, not text."""
@@ -272,8 +254,7 @@ class Rows:
     """Groups laid out as B rows of T tokens, with S completions of at most L tokens and M tokens in all.
     A completion sees the prompt and itself, and its positions go on from the prompt's end, so the prompt is computed
     once instead of K times. E.g. the prompt p q and the completions a b and c:
-        input_ids p q a b c,  position_ids 0 1 2 3 2,  targets a b c,  source (where they are predicted): q a q.
-    """
+        input_ids p q a b c,  position_ids 0 1 2 3 2,  targets a b c,  source (where they are predicted): q a q."""
     input_ids: torch.Tensor       # (B, T)
     position_ids: torch.Tensor    # (B, T)
     attention_mask: torch.Tensor  # (B, 1, T, T), added to the attention's scores: 0 or the dtype's minimum
@@ -340,8 +321,7 @@ def lay_out(groups, dtype, device):
 def token_log_probs(head, hidden, targets, temperature=1.0, chunk=512):
     """log softmax(head(hidden) / temperature) at the targets. hidden (M, H), targets (M,) -> (M,), fp32
     The vocabulary is projected a chunk of tokens at a time and recomputed in the backward pass, so that a (tokens,
-    vocabulary) matrix never exists; the softmax is fp32, as in bf16 it is off by up to 0.06 nats.
-    """
+    vocabulary) matrix never exists; the softmax is fp32, as in bf16 it is off by up to 0.06 nats."""
     def of_chunk(h, y):
         logits = head(h).float() / temperature
         return logits.gather(1, y[:, None])[:, 0] - logits.logsumexp(dim=1)
@@ -360,37 +340,44 @@ def completion_log_probs(model, rows, temperature=1.0):
 @torch.no_grad()
 def check_rows(model, name):
     """Refuses a model that does not follow the row layout: rows must agree with the model's own plain forward pass."""
-    prompt, completions = [5, 6, 7, 8], [[9, 10, 11], [12, 13, 14, 15]]
-    mine = completion_log_probs(model, lay_out([Group(prompt, completions, [0.0, 0.0])], model.dtype, model.device))
-    worst = 0.0
-    for row, completion in zip(mine, completions):
-        ids = torch.tensor([prompt + completion], device=model.device)
-        plain = model(input_ids=ids).logits[0, len(prompt) - 1:-1].float().log_softmax(-1)
-        plain = plain.gather(1, ids[0, len(prompt):, None])[:, 0]
-        worst = max(worst, (row[:len(completion)] - plain).abs().max().item())
-    if not worst < (1e-3 if model.dtype == torch.float32 else 0.3):
+    prompt, completions = [5, 6, 7, 8], [[9, 10, 11], [12, 13, 14]]
+    try:
+        rows = lay_out([Group(prompt, completions, [0.0, 0.0])], model.dtype, model.device)
+        ids = torch.tensor([prompt + completion for completion in completions], device=model.device)
+        plain = model(input_ids=ids).logits[:, len(prompt) - 1:-1].float().log_softmax(-1)
+        plain = plain.gather(2, ids[:, len(prompt):, None])[:, :, 0]
+        off = (completion_log_probs(model, rows) - plain).abs().max().item()
+    except (RuntimeError, TypeError, ValueError):  # it does not take such a mask at all
+        off = math.nan
+    if not off < (1e-3 if model.dtype == torch.float32 else 0.3):
         raise UserError(f"--model {name}: {type(model).__name__} ignores attention masks of its own or reshapes its "
-                        f"logits (log-probabilities off by {worst:.2g}); it cannot be trained here")
+                        f"logits (log-probabilities off by {off:.2g}); it cannot be trained here")
 
 # 5. Sampler: Hugging Face generate, from exactly the distribution that is scored -------------------------------------
-
 def eos_ids(model, tokenizer):
     """Every token id that ends a turn: instruct models list several."""
     ids = model.generation_config.eos_token_id
-    ids = ids if isinstance(ids, list) else [ids]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    ids = {i for i in [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id] if i is not None}
+    if not ids:
+        raise UserError(f"--model {model.config.name_or_path}: no token is named that ends a turn")
+    return sorted(ids)
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, token_budget=SAMPLE_TOKENS):
     """One completion for each prompt (token ids), in their order: up to and with its first EOS, or cut off without one.
     # OPEN: training samples at temperature 1 with no top-k or top-p, from what is scored. Temperature 0 is greedy.
-    Leaves the model in evaluation mode: in training mode gradient checkpointing would drop the KV cache.
-    """
+    Leaves the model in evaluation mode: in training mode gradient checkpointing would drop the KV cache."""
     model.eval()
     ends = eos_ids(model, tokenizer)
-    settings = dict(do_sample=temperature > 0, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0])
+    settings = dict(do_sample=temperature > 0, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0],
+                    remove_invalid_values=True)  # of a NaN the update tells
     if temperature > 0:
         settings.update(temperature=temperature, top_k=0, top_p=1.0, repetition_penalty=1.0)
+    text, longest = model.config.get_text_config(), max(map(len, prompts)) + max_new_tokens
+    limit = min(getattr(text, key, None) or math.inf for key in ("max_position_embeddings", "sliding_window"))
+    if longest > limit:  # beyond a sliding window rows (4) and padding would not see what the model sees
+        raise UserError(f"--model {model.config.name_or_path}: takes {limit} tokens, prompt and completion together; "
+                        f"{longest} are asked for: lower --max-query-tokens and --max-answer-tokens")
     completions = [None] * len(prompts)
     own_defaults, model.generation_config = model.generation_config, GenerationConfig()  # else they fill in the unsaid
     try:
@@ -408,8 +395,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, token_bud
 def prefill(model, prompts):
     """Computes what the prompts share once: (ids, mask, KV cache of all but the last column) for generate.
     Equal prompts (a query's G copies) are one row; what all begin with (Box 1, the rubric of Box 3) is one row of its
-    own. A row is [shared | padding | rest]; the mask hides the padding, and positions count what it leaves.
-    """
+    own. A row is [shared | padding | rest]; the mask hides the padding, and positions count what it leaves."""
     unique = list(dict.fromkeys(map(tuple, prompts)))
     width, device = max(map(len, unique)), model.device
     shared = min(len(os.path.commonprefix(unique)), min(map(len, unique)) - 1)
@@ -432,7 +418,6 @@ def prefill(model, prompts):
     return ids[copies], mask[copies], cache
 
 # 6. Rewards: all TRL's reward functions in shape, reward(prompts=[...], completions=[...], **_) -> [float] -----------
-
 def as_text(message):
     """A prompt or completion as text: a string as it is, TRL's conversations by their last message."""
     return message if isinstance(message, str) else message[-1]["content"]
@@ -458,7 +443,7 @@ class RewardModel:
     def __init__(self, name, device, dtype):
         self.__name__ = str(name)
         self.tokenizer = load_tokenizer(name, "--reward")
-        self.model = load(AutoModelForSequenceClassification, name, "--reward", device, dtype)
+        self.model = load(transformers.AutoModelForSequenceClassification, name, "--reward", device, dtype)
         if self.model.config.num_labels != 1:
             raise UserError(f"--reward {name}: {self.model.config.num_labels} labels; a reward model has one")
 
@@ -485,15 +470,13 @@ def load_reward(spec, device, dtype):
         return RewardModel(spec, device, dtype)
     if not Path(path).is_file():
         raise UserError(f"--reward {spec}: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location("user_reward", path)
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
+        found = runpy.run_path(path)
     except Exception as error:  # whatever the user's file raises
         raise UserError(f"--reward {spec}: importing {path} raised {type(error).__name__}: {error}") from error
-    if not callable(getattr(module, name, None)):
+    if not callable(found.get(name)):
         raise UserError(f"--reward {spec}: {path} has no function {name}")
-    return getattr(module, name)
+    return found[name]
 
 def score(reward, queries, answers):
     """A reward's values for N queries with G answers each, checked: N rows of G floats."""
@@ -509,14 +492,13 @@ def score(reward, queries, answers):
     if len(values) != len(prompts):
         raise UserError(f"--reward {name} returned {len(values)} rewards for {len(prompts)} completions")
     for row, value in enumerate(values):
-        if not hasattr(value, "__float__") or not math.isfinite(value):
+        if not hasattr(value, "__float__") or getattr(value, "ndim", 0) or not abs(float(value)) < 1e38:
             raise UserError(f"--reward {name} returned {value!r} in row {row} (prompt {prompts[row][:50]!r}, "
                             f"completion {completions[row][:50]!r}); a reward is a finite number")
     size = len(answers[0])
     return [[float(value) for value in values[i:i + size]] for i in range(0, len(values), size)]
 
 # 7. Optimiser --------------------------------------------------------------------------------------------------------
-
 def stochastic_round(x, generator=None):
     """fp32 -> bf16, up or down with the probabilities that make the result right on average."""
     noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
@@ -526,8 +508,7 @@ class AdamW:
     """torch's AdamW, 16 M weights at a time, so that fp32 copies never come to much.
     bits 32: moments in fp32, and a fp32 master of every bf16 weight: a step of 1e-6 is below half a bf16 step of most
     weights and would be lost. bits 16: weights and moments in bf16, rounded stochastically, so that small steps are
-    taken now and then instead of never (nor would a bf16 second moment times 0.999 ever decay).
-    """
+    taken now and then instead of never (nor would a bf16 second moment times 0.999 ever decay)."""
 
     def __init__(self, parameters, lr, bits=32):
         self.parameters, self.lr, self.bits, self.steps = list(parameters), lr, bits, 0
@@ -539,6 +520,8 @@ class AdamW:
     def step(self, scale=1.0):
         """One step along the gradients times `scale`; frees them."""
         for index, (p, state) in enumerate(zip(self.parameters, self.state)):
+            if p.grad is None:
+                continue
             generator = torch.Generator(p.device).manual_seed(self.steps * len(self.parameters) + index)
             for grad, *stored in zip(*(x.view(-1).split(1 << 24) for x in (p.grad.contiguous(), *state))):
                 w, m, v = (x.float() for x in stored)  # the stored tensors themselves where they are fp32
@@ -565,15 +548,12 @@ class AdamW:
             p.copy_(mine[0])
 
 # 8. Update: one gradient step over both roles' groups ----------------------------------------------------------------
-
 ROLES = ("solver", "challenger")
 SUMS = ("loss", *(f"{what}_{role}" for role in ROLES for what in ("kl", "log_prob", "tokens")))
-
 def accumulate_gradients(model, reference, groups, config, totals):
     """Adds the gradient of L over `groups` to the model's; returns the SUMS for the log, (7,).
     totals: sequences of each role in the whole batch {"solver": N G, "challenger": N}. All is divided by these, so
-    neither the split into micro-batches nor the ranks change the gradient.
-    """
+    neither the split into micro-batches nor the ranks change the gradient."""
     parts = [part for group in groups for part in split_group(group, config.update_tokens)]
     sums = torch.zeros(len(SUMS), device=model.device)
     for batch in batch_by_tokens([part.tokens for part in parts], config.update_tokens, fill=0.5):
@@ -610,11 +590,11 @@ def update(model, reference, optimizer, groups, config):
         sums = accumulate_gradients(model, reference, groups, config, totals)
     model.eval()
     sums = dict(zip(SUMS, all_reduce(sums).tolist()))
-    grads = [all_reduce(p.grad) for p in optimizer.parameters]
+    grads = [all_reduce(p.grad) for p in optimizer.parameters if p.grad is not None]  # a vision tower has none
     norm = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]).norm().item()
     skipped = not math.isfinite(norm + sums["loss"])
     if not skipped:  # a step along a NaN would spoil every weight
-        optimizer.step(scale=min(1.0, MAX_GRAD_NORM / (norm + 1e-6)))
+        optimizer.step(scale=min(1.0, 1.0 / (norm + 1e-6)))
     optimizer.zero_grad()
     stats = {"loss": sums["loss"], "grad_norm": norm, "skipped": int(skipped)}
     for role in ROLES:
@@ -624,7 +604,6 @@ def update(model, reference, optimizer, groups, config):
     return {key: value if value is None or math.isfinite(value) else None for key, value in stats.items()}
 
 # 9. Runs: ranks, loading, the run folder -----------------------------------------------------------------------------
-
 def all_reduce(tensor):
     """The tensor's sum over the ranks."""
     if WORLD > 1:
@@ -645,7 +624,7 @@ def say(text):
         tqdm.write(text)
 
 def first_line(error):
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:400]
 
 def from_hub(flag, name, load, **options):
     """load(name, **options) from a folder or the Hugging Face hub; what goes wrong is told in a line."""
@@ -653,14 +632,17 @@ def from_hub(flag, name, load, **options):
         raise UserError(f"{flag} {name}: the folder holds no model (no config.json)")
     try:
         return load(name, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(f"{flag} {name}: neither a folder with a model nor to be had from the Hugging Face hub "
                         f"({first_line(error)})") from error
 
 def load_tokenizer(name, flag="--model"):
     tokenizer = from_hub(flag, name, AutoTokenizer.from_pretrained)
-    if not tokenizer.chat_template:
-        raise UserError(f"{flag} {name}: its tokenizer has no chat template; use an instruction-tuned model")
+    try:
+        encode_chat(tokenizer, [{"role": "user", "content": "hi"}])
+    except Exception as error:  # whatever the template, a program of its own, raises
+        raise UserError(f"{flag} {name}: its tokenizer has no chat template that works ({first_line(error)}); use an "
+                        "instruction-tuned model") from error
     return tokenizer
 
 def load(auto_class, name, flag, device, dtype):
@@ -681,10 +663,8 @@ def load_model(name, device, dtype, flag="--model"):
 def write_atomically(path, text):
     """Writes a file so that a kill leaves the old one or the new one."""
     new = Path(path).with_name(Path(path).name + ".tmp")
-    with open(new, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    new.write_text(text, encoding="utf-8")
+    os.sync()
     os.replace(new, path)
 
 def read_jsonl(path):
@@ -698,7 +678,6 @@ def read_jsonl(path):
     return rows
 
 LOGS = ("metrics.jsonl", "plays.jsonl")
-
 def save_checkpoint(folder, model, tokenizer, optimizer, iteration):
     """Weights (Hugging Face format) and trainer.pt in a folder of their own, then `checkpoint` is pointed at it: a
     rename, so whatever happens there is a whole checkpoint, and the one before goes only after that."""
@@ -725,7 +704,7 @@ def save_checkpoint(folder, model, tokenizer, optimizer, iteration):
 def load_checkpoint(folder, optimizer):
     """Takes weights, optimiser and logs back to the checkpoint; returns its iteration, 0 where there is none yet."""
     trainer, path = {"iteration": 0, "sizes": dict.fromkeys(LOGS, 0)}, folder / "checkpoint" / "trainer.pt"
-    if path.parent.is_symlink():
+    if os.path.lexists(path.parent):
         try:
             trainer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             optimizer.restore(trainer["steps"], trainer["state"])
@@ -738,7 +717,6 @@ def load_checkpoint(folder, optimizer):
     return trainer["iteration"]
 
 # 10. Self-play: Algorithm 1 ------------------------------------------------------------------------------------------
-
 @dataclass
 class Game:
     """Who plays, and for what."""
@@ -746,10 +724,10 @@ class Game:
     reference: torch.nn.Module
     tokenizer: object
     optimizer: AdamW
-    reward: Callable
-    quality: Callable | None = None     # R_Q, in LSP
+    reward: object                      # functions of TRL's shape
+    quality: object = None              # R_Q, in LSP
     prompts: list[str] | None = None    # the file's queries, in GRPO
-    probe: Callable | None = None       # (model, tokenizer, queries) -> more numbers for the log
+    probe: object = None                # (model, tokenizer, queries) -> more numbers for the log
 
 def draw_queries(game, config, iteration, box1, share):
     """This rank's share of the N queries: (texts, the sampled ids that the Challenger is trained on)."""
@@ -791,7 +769,7 @@ def self_play(game, config, folder, start=0):
         plays = play_records(iteration, gather(queries), gather(answers), R, R_Q)
         stats = metrics(game, plays, gather(answer_ids), stats, times)
         skipped = skipped + 1 if stats["skipped"] else 0
-        if skipped == MAX_SKIPPED:
+        if skipped == 3:
             raise UserError(f"--lr {config.lr}: loss or gradient was not finite {skipped} times in a row, at iteration "
                             f"{iteration}; the last good checkpoint is {folder / 'checkpoint'}")
         stopping = iteration + 1 < config.iterations and all_reduce(torch.tensor(len(stop))) > 0
@@ -841,9 +819,12 @@ def keep(game, config, folder, stats, plays, bar, last):
     if RANK > 0:
         return
     done = stats["iteration"] + 1
-    for name, rows in zip(LOGS, ([stats], plays)):
-        with open(folder / name, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    try:
+        for name, rows in zip(LOGS, ([stats], plays)):
+            with open(folder / name, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot write {name} ({first_line(error)}); go on with --resume") from error
     shown = {"R": "reward", "R_Q": "quality", "KL Sol": "kl_solver", "KL Ch": "kl_challenger", "accuracy": "accuracy"}
     bar.set_postfix_str(", ".join(f"{k} {stats[v]:.3g}" for k, v in shown.items() if stats.get(v) is not None))
     if done % max(1, config.iterations // 5) == 0:
@@ -860,7 +841,6 @@ def show_play(play):
     return f"V {play['V']:.2f}{quality}  {text(play['query'])}\n{'':9}-> {text(play['answers'][best])}"
 
 # 11. The toy game: a Llama of 0.1 M parameters that has seen noisy multiplication homework ---------------------------
-
 PRODUCT = re.compile(r"([0-9])x([0-9])")
 TOY_TEMPLATE = ("{{ '<bos>' }}{% if 'homework' in messages[0]['content'] %}{{ '<ask>' }}"  # Box 1
                 "{% else %}{{ messages[0]['content'] + '<answer>' }}{% endif %}")
@@ -883,8 +863,8 @@ def toy_table(model, tokenizer):
 
 def toy_probe(model, tokenizer, queries):
     """Held out: accuracy over the whole table. valid: the share of well-formed queries."""
-    valid = toy_quality(queries, queries)
-    return {"accuracy": toy_table(model, tokenizer).mean().item(), "valid": sum(valid) / len(valid)}
+    accuracy = toy_table(model, tokenizer).mean().item()
+    return {"accuracy": accuracy, "valid": sum(toy_quality(queries, queries)) / len(queries)}
 
 @functools.cache
 def toy_group(tokenizer, content, completion):
@@ -932,17 +912,16 @@ def make_toy(folder, seed, steps=800, batch=128):
     os.replace(f"{folder}.tmp", folder)
 
 # 12. Command line -----------------------------------------------------------------------------------------------------
-
 def read_prompts(path):
     """The queries of a .txt file (one a line) or of Alpaca's .json or .jsonl (`instruction`, optional `input`)."""
     kind, offset, rows = Path(path).suffix, 0, []
     if kind not in (".txt", ".json", ".jsonl"):
         raise UserError(f"--prompts {path}: a .txt, .json or .jsonl file is needed")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
         if kind == ".txt":
-            return [line.strip() for line in text.splitlines() if line.strip()]
-        for offset, part in enumerate(text.split("\n") if kind == ".jsonl" else [text]):
+            return [line.strip() for line in text.split("\n") if line.strip()]
+        for offset, part in enumerate([text] if kind == ".json" else text.split("\n")):
             rows += [json.loads(part)] if part.strip() else []
     except json.JSONDecodeError as error:
         raise UserError(f"--prompts {path}: line {offset + error.lineno} is not JSON ({error.msg})") from error
@@ -950,18 +929,19 @@ def read_prompts(path):
         raise UserError(f"--prompts {path}: cannot be read as UTF-8 text ({first_line(error)})") from error
     rows = rows[0] if kind == ".json" and rows and isinstance(rows[0], list) else rows
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
-            raise UserError(f"--prompts {path}: entry {number} has no text under `instruction`")
+        texts = [row.get("instruction"), row.get("input") or ""] if isinstance(row, dict) else [None]
+        if not all(isinstance(t, str) and t == t.encode(errors="ignore").decode() for t in texts):
+            raise UserError(f"--prompts {path}: entry {number} has no text under `instruction`, or none under `input`")
     return ["\n\n".join(filter(None, [row["instruction"], row.get("input")])) for row in rows]
 
 def check_config(c):
     """Refuses what cannot work, before anything is loaded."""
     least = dict(iterations=1, num_queries=1, num_answers=1, save_every=1, max_query_tokens=1, max_answer_tokens=1,
-                 update_tokens=1, beta=0, alpha_ch=0, lr=1e-30, temperature=1e-30)
-    small = next((name for name in least if not least[name] <= getattr(c, name) < math.inf), None)
+                 update_tokens=1, beta=0, alpha_ch=0, lr=1e-30, temperature=1e-30, seed=0)
+    small = next((name for name in least if not least[name] <= getattr(c, name) < 2**63), None)
     own, useless = c.variant != "grpo", "is its own mean, so every advantage is 0 and nothing is learned; use 2 or more"
     for refused, message in (
-        (small, f"--{str(small).replace('_', '-')} {getattr(c, str(small), '')}: too small, or not a number"),
+        (small, f"--{str(small).replace('_', '-')} {getattr(c, str(small), '')}: out of range"),
         (c.num_answers == 1, f"--num-answers 1: for the Solver one answer {useless}"),
         (c.num_queries == 1 and own, f"--num-queries 1: for the Challenger one query {useless}"),
         (c.num_queries % WORLD, f"--num-queries {c.num_queries}: must be a multiple of the {WORLD} processes"),
@@ -993,13 +973,15 @@ def parse(argv):
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=(f.metadata["help"] + shown).replace("%", "%%"), **kind)
     said = vars(parser.parse_args(argv))
+    if said.get("model", "toy") not in ("", "toy") and Path(said["model"]).is_dir():  # a moving link
+        said["model"] = str(Path(said["model"]).resolve())
     return Config(**said), said
 
 def resumed(said):
     """The settings of the run in --out; what is said again must not differ, but for how long and where to run."""
-    path = Path(said.get("out", "")) / "config.json"
+    path = Path(said.get("out") or "(left out)") / "config.json"
     if not path.is_file():
-        raise UserError(f"--resume: --out {said.get('out', '(left out)')} holds no run to go on with")
+        raise UserError(f"--resume: --out {path.parent} holds no run to go on with")
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         ranks, config = saved.pop("world_size"), Config(**saved)
@@ -1022,8 +1004,7 @@ def settle(config):
     if not config.model:
         gib = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0
         config = replace(config, model="meta-llama/Llama-3.2-3B-Instruct" if gib >= 75 else "toy")
-        found = f"this GPU has {gib:.0f} GiB" if gib else "no CUDA GPU"
-        say(f"model: {config.model} ({found}; the paper's game needs 75 GiB); --model chooses another")
+        say(f"model: {config.model} (CUDA GPU: {gib:.0f} GiB; the paper's game needs 75); --model chooses another")
     game = "toy" if is_toy(config.model) else "real"
     config = replace(config, reward=config.reward or {"toy": "", "real": REWARD_MODEL}[game],
                      dtype=config.dtype or str(pick_dtype("", pick_device(config.device))).removeprefix("torch."))
@@ -1031,7 +1012,7 @@ def settle(config):
 
 def open_folder(config):
     """Makes the run folder and claims it with its config.json; never one that holds something already."""
-    names = (f"runs/{config.variant}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+    names = (f"runs/{config.variant}" + (f"-{n}" if n > 1 else "") for n in range(1, 10**6))
     folder = Path(config.out or next(name for name in names if not Path(name).exists()))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1050,13 +1031,17 @@ def train(config):
     check_config(config)
     toy, device = is_toy(config.model), pick_device(config.device)
     dtype, quality, prompts = pick_dtype(config.dtype, device), None, None
-    reward = load_reward(config.reward, device, dtype) if ".py:" in config.reward else toy_reward if toy else None
+    reward = toy_reward if toy and not config.reward else None
+    if ".py:" in config.reward:
+        reward = load_reward(config.reward, device, dtype)
     if config.variant == "grpo":
         prompts = read_prompts(config.prompts) if config.prompts else toy_data(config.seed)[0] if toy else []
         if not prompts:
             raise UserError(f"--prompts {config.prompts or '(left out)'}: --variant grpo needs a file with queries")
     if config.model != "toy":
         load_tokenizer(config.model)  # as the cheapest way to find out early
+    if not reward:
+        load_tokenizer(config.reward, "--reward")
     if not config.resume:
         config = gather([open_folder(config) if RANK == 0 else config])[0]
     folder, name = Path(config.out), config.model
@@ -1092,7 +1077,7 @@ def main(argv=None):
     if WORLD > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if config.dry_run:
         sys.modules["lsp"] = sys.modules[__name__]  # eval.py imports lsp, which is this file
         from eval import dry_run
@@ -1101,10 +1086,11 @@ def main(argv=None):
 
 def run_main(main):
     """Runs a program; what the user can put right is one line and exit code 2."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, torch.OutOfMemoryError) as error:
+        print(f"error: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

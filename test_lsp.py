@@ -10,10 +10,12 @@ import copy
 import dataclasses
 import http.server
 import inspect
+import io
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -32,6 +34,9 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import eval as evaluation
@@ -427,7 +432,7 @@ def test_training_uses_the_sampled_ids_not_text_tokenised_again(tmp_path, text_m
     monkeypatch.setattr(lsp, "sample", lambda *a, **k: sampled.append(sample(*a, **k)) or sampled[-1])
     monkeypatch.setattr(lsp, "update", lambda m, r, o, groups, c: trained.extend(groups) or update(m, r, o, groups, c))
     monkeypatch.setattr(lsp, "load_reward", lambda *_: lambda prompts, completions, **_: [len(c) for c in completions])
-    play(tmp_path / "run", text_model, variant="zero", reward="own", iterations=1, num_queries=3, num_answers=2,
+    play(tmp_path / "run", text_model, variant="zero", reward="own.py:length", iterations=1, num_queries=3, num_answers=2,
          max_query_tokens=12, max_answer_tokens=12)
     queries, answers = sampled
     solver, challenger = [g for g in trained if g.role == "solver"], trained[-1]
@@ -939,10 +944,532 @@ def test_the_program_plays_the_toy_by_default_and_says_why(tmp_path, capsys, mon
     monkeypatch.chdir(tmp_path)
     run_main("--iterations", 1, "--num-queries", 4)
     text = capsys.readouterr().out
-    assert text.startswith("model: toy (no CUDA GPU")
+    assert text.startswith("model: toy (CUDA GPU: 0 GiB")
     assert "before" in text and "runs/zero/plays.jsonl" in text and (tmp_path / "runs/zero/checkpoint").is_dir()
     run_main("--iterations", 1, "--num-queries", 4, "--model", "runs/zero/checkpoint")
     assert (tmp_path / "runs/zero-2/metrics.jsonl").is_file()
+
+
+# 9. Many processes ----------------------------------------------------------------------------------------------------
+
+RANKS = """
+import sys, torch, lsp
+import torch.distributed as dist
+from test_lsp import gradients, random_groups, tiny_llama
+out, toy = sys.argv[1:]
+kept, play, start_group, update = {"advantages": []}, lsp.self_play, dist.init_process_group, lsp.update
+
+def with_checks(game, config, folder, start=0):
+    model = tiny_llama()
+    optimizer = lsp.AdamW(model.parameters(), 1e-3)
+    optimizer.step = lambda scale: kept.update(gradient=gradients(model))
+    settings = lsp.Config(beta=0.1, alpha_ch=0.5, update_tokens=20)
+    kept["stats"] = update(model, tiny_llama(seed=1), optimizer, random_groups()[lsp.RANK::2], settings)
+    play(game, config, folder, start)
+    kept[f"{folder.name} from {start}"] = game.model.state_dict()
+
+def with_record(model, reference, optimizer, groups, config):
+    kept["advantages"].append([group.advantage for group in groups])
+    return update(model, reference, optimizer, groups, config)
+lsp.self_play, lsp.update = with_checks, with_record
+dist.init_process_group = lambda *a, **k: None if dist.is_initialized() else start_group(*a, **k)
+short = ["--variant", "lsp", "--num-queries", "4", "--num-answers", "3", "--save-every", "2"]
+lsp.main(["--model", toy, "--out", out + "/whole", "--iterations", "6", *short])
+lsp.main(["--model", toy, "--out", out + "/parts", "--iterations", "3", *short])
+lsp.main(["--resume", "--out", out + "/parts", "--iterations", "6"])
+torch.save(kept, f"{out}/rank-{lsp.RANK}.pt")
+"""
+
+
+def quiet_environment(**more):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **more}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, toy):
+    """Two gloo processes that each work out a gradient, play a run, and play it again with a break and a resume."""
+    out = tmp_path_factory.mktemp("ranks")
+    (out / "ranks.py").write_text(RANKS)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           str(out / "ranks.py"), str(out), toy], cwd=HERE, env=quiet_environment(), timeout=300,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out, [torch.load(out / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_two_processes_sum_the_gradient_that_one_process_computes(two_ranks):
+    model, reference = tiny_llama(), tiny_llama(seed=1)
+    config = lsp.Config(beta=0.1, alpha_ch=0.5, update_tokens=20)
+    alone = lsp.accumulate_gradients(model, reference, random_groups(), config, {"solver": 5, "challenger": 1})
+    alone = dict(zip(lsp.SUMS, alone.tolist()))
+    for rank in two_ranks[1]:
+        assert rank["stats"]["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+        assert rank["stats"]["kl_solver"] == pytest.approx(alone["kl_solver"] / alone["tokens_solver"], rel=1e-4)
+        for name, gradient in gradients(model).items():
+            assert torch.allclose(rank["gradient"][name], gradient, rtol=1e-3, atol=1e-4), name
+
+
+def test_two_processes_play_n_queries_an_iteration_and_keep_equal_weights(two_ranks, toy):
+    out, (one, other) = two_ranks
+    plays = lsp.read_jsonl(out / "whole/plays.jsonl")
+    assert [p["iteration"] for p in plays] == [i for i in range(6) for _ in range(4)]
+    assert plays[0]["query"] != plays[2]["query"] or plays[1]["query"] != plays[3]["query"]  # each rank draws its own
+    rows = lsp.read_jsonl(out / "whole/metrics.jsonl")
+    assert [row["iteration"] for row in rows] == list(range(6))
+    for row in rows:  # means over both ranks' queries
+        assert row["reward"] == pytest.approx(sum(p["V"] for p in plays if p["iteration"] == row["iteration"]) / 4)
+    for i in range(6):  # each rank trains on its own queries' advantages, out of all ranks' means
+        own = [p for p in plays if p["iteration"] == i]
+        (*a, a_ch), (*b, b_ch) = one["advantages"][i], other["advantages"][i]
+        sums = torch.tensor([p["R"] for p in own]) + torch.tensor([p["R_Q"] for p in own])
+        gain = torch.tensor([p["V_Q"] - p["V"] for p in own])
+        assert torch.allclose(torch.tensor(a + b), sums - sums.mean(1, keepdim=True), atol=1e-6)
+        assert torch.allclose(torch.tensor(a_ch + b_ch), gain - gain.mean(), atol=1e-6)
+    first, start = one["whole from 0"], weights(toy)
+    assert all(torch.equal(first[name], other["whole from 0"][name]) for name in first)
+    assert all(torch.equal(first[name], tensor) for name, tensor in weights(out / "whole/checkpoint").items())
+    assert not torch.equal(first["model.norm.weight"], start["model.norm.weight"])
+
+
+def test_a_run_of_two_processes_resumes_bitwise_and_with_another_number_is_refused(two_ranks, capsys):
+    out, (one, other) = two_ranks
+    for rank in (one, other):
+        assert all(torch.equal(rank["parts from 3"][name], tensor) for name, tensor in one["whole from 0"].items())
+    strip = lambda name: [{k: v for k, v in row.items() if not k.startswith("seconds")}
+                          for row in lsp.read_jsonl(out / name / "metrics.jsonl")]
+    assert strip("whole") == strip("parts")
+    assert "has 2 processes, not 1" in refusal(capsys, "--resume", "--out", out / "whole")
+
+
+DYING = """
+import os
+calls = []
+def reward(prompts, completions, **_):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 2:
+        os._exit(9)
+    return [0.0] * len(prompts)
+"""
+
+
+def test_a_process_that_dies_ends_the_run_with_an_error_and_no_hang(tmp_path, toy):
+    (tmp_path / "dying.py").write_text(DYING)
+    command = [sys.executable, "lsp.py", "--model", toy, "--reward", f"{tmp_path}/dying.py:reward",
+               "--num-queries", "2", "--num-answers", "2", "--iterations", "50", "--out", str(tmp_path / "run")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              env=quiet_environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                                                    MASTER_ADDR="127.0.0.1", MASTER_PORT=port)) for rank in (0, 1)]
+    try:  # no torchrun that would end the other one: it has to notice by itself
+        assert ranks[1].wait(timeout=120) == 9
+        assert ranks[0].wait(timeout=60) not in (0, None)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert len(lsp.read_jsonl(tmp_path / "run/metrics.jsonl")) == 1
+
+
+# 13. Bad input --------------------------------------------------------------------------------------------------------
+
+def refusal(capsys, *arguments):
+    """The line on stderr with which the program refuses its arguments: one line, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        lsp.run_main(lambda: lsp.main([str(a) for a in arguments]))
+    beside = ("usage:", " ", "\r")  # argparse's usage and the progress bar
+    lines = [line for line in capsys.readouterr().err.split("\n") if line.strip() and not line.startswith(beside)]
+    assert end.value.code == 2 and len(lines) == 1 and len(lines[0]) < 600, lines
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def bad(tmp_path_factory, toy, text_model):
+    """A folder full of things that are wrong."""
+    folder = tmp_path_factory.mktemp("bad")
+    write = lambda name, text: (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    write("empty.txt", " \n\n")
+    write("key.jsonl", '{"instruction": "a"}\n{"prompt": "b"}\n')
+    write("broken.jsonl", '{"instruction": "a"}\n\n{"instruction": "b"\n')
+    write("broken.json", '[{"instruction": "a"},\n {"instruction" "b"}]')
+    write("input.json", '[{"instruction": "a", "input": ["b"]}]')
+    write("surrogate.json", '[{"instruction": "a"}, {"instruction": "\\ud800"}]')
+    write("list.json", '["a", "b"]')
+    write("latin.txt", "caf\u00e9".encode("latin-1"))
+    write("table.csv", "a,b\n")
+    write("queries.txt", "1x1\n2x2\n")
+    write("reward.py", "def raises(prompts, completions, **_):\n    raise ValueError('no\\nluck')\n"
+                       "def short(prompts, completions, **_):\n    return [1.0]\n"
+                       "def nan(prompts, completions, **_):\n    return [float('nan')] * len(prompts)\n"
+                       "def huge(prompts, completions, **_):\n    return [1e39] * len(prompts)\n"
+                       "def words(prompts, completions, **_):\n    return ['good'] * len(prompts)\n"
+                       "def pairs(prompts, completions, **_):\n    import torch\n"
+                       "    return torch.zeros(len(prompts), 2)\n"
+                       "def keywords(prompts):\n    return [0.0] * len(prompts)\n"
+                       "number = 3\n")
+    write("syntax.py", "def reward(:\n")
+    write("file", "not a folder")
+    (folder / "nothing").mkdir()
+    shutil.copytree(toy, folder / "weightless")
+    (folder / "weightless/model.safetensors").unlink()
+    shutil.copytree(toy, folder / "cut")
+    (folder / "cut/model.safetensors").write_bytes((folder / "cut/model.safetensors").read_bytes()[:1000])
+    shutil.copytree(toy, folder / "pickle")
+    (folder / "pickle/model.safetensors").rename(folder / "pickle/pytorch_model.bin")
+    shutil.copytree(text_model, folder / "chatless")
+    (folder / "chatless/chat_template.jinja").unlink()
+    shutil.copytree(text_model, folder / "badtemplate")
+    (folder / "badtemplate/chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}")
+    shutil.copytree(text_model, folder / "badtokens")
+    (folder / "badtokens/tokenizer.json").write_text("{")
+    shutil.copytree(text_model, folder / "badconfig")
+    (folder / "badconfig/config.json").write_text("{")
+    play(folder / "run", toy, num_queries=2, num_answers=2, iterations=1)
+    for name in ("corrupt", "settings", "trainerless"):
+        shutil.copytree(folder / "run", folder / name, symlinks=True)
+    (folder / "corrupt/checkpoint/trainer.pt").write_bytes((folder / "run/checkpoint/trainer.pt").read_bytes()[:5000])
+    (folder / "trainerless/checkpoint/trainer.pt").unlink()
+    (folder / "settings/config.json").write_text('{"variant": "zero"')
+    return folder
+
+
+TOY, TINY = "--model {toy}", "--num-queries 2 --num-answers 2 --iterations 1"
+GRPO = f"{TOY} --variant grpo {TINY} --prompts "
+MINE = f"{TOY} {TINY} --reward {{bad}}/reward.py:"
+BAD_INPUT = {  # arguments -> what the line must say
+    "--model nobody/nothing": "--model nobody/nothing",
+    "--model {bad}/absent": "--model {bad}/absent",
+    "--model {bad}/nothing": "--model {bad}/nothing: the folder holds no model",
+    "--model {bad}/weightless": "--model {bad}/weightless",
+    "--model {bad}/cut": "--model {bad}/cut",
+    "--model {bad}/pickle --reward {bad}/reward.py:nan": "--model {bad}/pickle",
+    "--model {bad}/chatless": "--model {bad}/chatless: its tokenizer has no chat template",
+    "--model {bad}/badtemplate --reward {bad}/reward.py:nan": "--model {bad}/badtemplate",
+    "--model {bad}/badtokens": "--model {bad}/badtokens",
+    "--model {bad}/badconfig": "--model {bad}/badconfig",
+    "--variant tournament": "--variant",
+    "--num-queries 0": "--num-queries 0",
+    "--num-queries -3": "--num-queries -3",
+    "--num-queries 2.5": "--num-queries",
+    "--num-queries 1": "--num-queries 1: for the Challenger one query is its own mean",
+    "--num-answers 0": "--num-answers 0",
+    "--num-answers 1": "--num-answers 1: for the Solver one answer is its own mean, so every advantage is 0",
+    "--beta -0.1": "--beta -0.1",
+    "--beta nan": "--beta nan",
+    "--alpha-ch inf": "--alpha-ch inf",
+    "--lr 0": "--lr 0",
+    "--temperature 0": "--temperature 0",
+    "--iterations 0": "--iterations 0",
+    "--save-every 0": "--save-every 0",
+    "--max-answer-tokens 0": "--max-answer-tokens 0",
+    "--update-tokens -1": "--update-tokens -1",
+    "--length-norm median": "--length-norm",
+    "--optimizer-bits 8": "--optimizer-bits",
+    "--optimizer-bits 16 --dtype float32": "--optimizer-bits 16",
+    "--dtype float8": "--dtype",
+    "--device cuda:7": "--device cuda:7",
+    "--device abacus": "--device abacus",
+    "--frobnicate 1": "--frobnicate",
+    "--template no-place": "--template 'no-place'",
+    "--template {{input}}{{input}}": "--template",
+    "--variant lsp --prompts {bad}/queries.txt": "--prompts {bad}/queries.txt: only --variant grpo",
+    "--seed 99999999999999999999999": "--seed",
+    GRPO + "{bad}/absent.txt": "--prompts {bad}/absent.txt",
+    GRPO + "{bad}/nothing": "--prompts {bad}/nothing",
+    GRPO + "{bad}/table.csv": "--prompts {bad}/table.csv: a .txt, .json or .jsonl",
+    GRPO + "{bad}/empty.txt": "--prompts {bad}/empty.txt",
+    GRPO + "{bad}/key.jsonl": "--prompts {bad}/key.jsonl: entry 2 has no text under `instruction`",
+    GRPO + "{bad}/list.json": "--prompts {bad}/list.json: entry 1",
+    GRPO + "{bad}/broken.jsonl": "--prompts {bad}/broken.jsonl: line 3 is not JSON",
+    GRPO + "{bad}/broken.json": "--prompts {bad}/broken.json: line 2 is not JSON",
+    GRPO + "{bad}/input.json": "--prompts {bad}/input.json: entry 1",
+    GRPO + "{bad}/surrogate.json": "--prompts {bad}/surrogate.json: entry 2",
+    GRPO + "{bad}/latin.txt": "--prompts {bad}/latin.txt: cannot be read as UTF-8",
+    "--model {text} --reward nobody/nothing": "--reward nobody/nothing",
+    f"{TOY} {TINY} --reward nobody/nothing": "--reward nobody/nothing",
+    "--model {text} --reward {text}": "--reward {text}",
+    f"{TOY} {TINY} --reward {{text}}": "--reward {text}",
+    f"{TOY} {TINY} --reward {{bad}}/reward.py": "--reward {bad}/reward.py",
+    f"{TOY} {TINY} --reward {{bad}}/absent.py:f": "--reward {bad}/absent.py:f: there is no file",
+    f"{TOY} {TINY} --reward {{bad}}/syntax.py:f": "syntax.py raised SyntaxError",
+    MINE + "absent": "reward.py has no function absent",
+    MINE + "number": "reward.py has no function number",
+    MINE + "raises": "--reward raises raised ValueError: no",
+    MINE + "short": "--reward short returned 1 rewards for 4 completions",
+    MINE + "nan": "--reward nan returned nan in row 0",
+    MINE + "huge": "--reward huge",
+    MINE + "words": "--reward words returned 'good' in row 0",
+    MINE + "pairs": "--reward pairs",
+    MINE + "keywords": "--reward keywords raised TypeError",
+    f"{TOY} {TINY} --out {{bad}}/file": "--out {bad}/file",
+    f"{TOY} {TINY} --out {{bad}}/file/below": "--out {bad}/file/below",
+    f"{TOY} {TINY} --out /proc/nowhere": "--out /proc/nowhere",
+    f"{TOY} {TINY} --out {{bad}}/run": "--out {bad}/run: is not empty",
+    "--resume": "--resume",
+    "--resume --out {bad}/nothing": "--out {bad}/nothing holds no run",
+    "--resume --out {bad}/run --beta 0.7": "--resume: --beta 0.7: the run has 0.1",
+    "--resume --out {bad}/run --model other": "--resume: --model other: the run has",
+    "--resume --out {bad}/corrupt": "--resume: {bad}/corrupt/checkpoint/trainer.pt cannot be read",
+    "--resume --out {bad}/trainerless": "--resume: {bad}/trainerless/checkpoint/trainer.pt cannot be read",
+    "--resume --out {bad}/settings": "--resume: {bad}/settings/config.json is not a run's settings",
+}
+LATE = ("cut", "pickle", "corrupt", "trainerless", "{bad}/reward.py:", "--reward {text}")  # a model is tried first
+
+
+@pytest.mark.parametrize("arguments", BAD_INPUT)
+def test_bad_input_is_one_line_that_names_its_cause(arguments, bad, toy, text_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded, from_pretrained = [], transformers.PreTrainedModel.from_pretrained.__func__
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained",
+                        classmethod(lambda *a, **k: loaded.append(from_pretrained(*a, **k)) or loaded[-1]))
+    names = dict(bad=bad, toy=toy, text=text_model)
+    line = refusal(capsys, *(word.format(**names) for word in arguments.split()))
+    assert BAD_INPUT[arguments].format(**names) in line
+    print(line)
+    if not any(word in arguments for word in LATE):
+        assert not loaded  # known before a model is loaded
+
+
+# 2. Hostile text ------------------------------------------------------------------------------------------------------
+
+MARKERS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>",
+           "<|turn|>", "[INST]", "[/INST]", "<s>", "</s>", "<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>"]
+TAGS = [f"<{space}{slash}{name}>" for name in ("instruction", "response", "score", "SUM", "Justification", "input")
+        for slash in ("", "/") for space in ("", " ", "\n\t")]
+CUT = [m[:n] for m in MARKERS for n in (1, len(m) // 2, -1)] + [m[1:] for m in MARKERS]
+PIECES = MARKERS + TAGS + CUT + list("0123456789") + \
+    ["assistant", "\n\n", " ", "{input}", "{instruction}", "{0}", "{{", "%s", "\\1", "\0", "\u2028", "\u202e", "\u0130",
+     "7x8", "\u0663x\u0663", "\U0001f469\u200d\U0001f52c", "e\u0301", "\ufeff", "&lt;"]
+unicode = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)  # see the decoding test for surrogates
+hostile = st.lists(st.sampled_from(PIECES) | unicode, max_size=30).map("".join)
+many = settings(derandomize=True, max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+REPEATED = "<score> </score> < <response> <|im_end|> <|im_ [INST] \u0130 a <input> </ <sum".split() + ["< "]
+LONG = [piece * (100_000 // len(piece)) for piece in REPEATED] + \
+    ["<" + " " * 100_000 + "response", "<" + "\n" * 100_000, "<score>" + " " * 100_000,
+     "<score>" + "5 " * 50_000 + "</score>", "<" * 50_000 + "/response>" * 5_000]
+
+
+@pytest.fixture(scope="session")
+def marked():
+    """A byte-level tokenizer whose special tokens are those of Llama-3, ChatML, Mistral, Gemma and Llama-1 together."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": MARKERS})
+    return tokenizer
+
+
+def roles(tokenizer, messages, generation_prompt=True):
+    """The control tokens of an encoded chat, in their order."""
+    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    return [i for i in lsp.encode_chat(tokenizer, messages, generation_prompt) if i in special]
+
+
+def check_hostile(text, tokenizer):
+    user = lambda content: [{"role": "user", "content": content}]
+    for template in ("{input}", "<input>{input}</input>", "Q: {input}", text + "{input}" + text[::-1]):
+        query = lsp.parse_query(text, template)
+        assert query == query.strip() and query in text
+    assert lsp.parse_score(text) in (None, *range(8))
+    assert lsp.parse_score(f"{text.replace('<', '')}<score>6</score>") == 6
+    for inside in (text, text[-1:]):
+        digit = inside.strip() in set("01234567")
+        assert lsp.parse_score(f"<score>{inside}</score>") == (int(inside) if digit else None)
+    assert roles(tokenizer, user(text)) == roles(tokenizer, user("hi"))
+    exchange = user(text) + [{"role": "assistant", "content": text}]
+    harmless = user("a") + [{"role": "assistant", "content": "b"}]
+    assert roles(tokenizer, exchange, False) == roles(tokenizer, harmless, False)
+    asked, answered = lsp.self_reward_messages(text, "fine"), lsp.self_reward_messages("why?", text)
+    for chat in (asked, answered):
+        assert roles(tokenizer, chat) == roles(tokenizer, user("hi"))
+        lower = chat[0]["content"].lower()
+        for tag in ("instruction", "response", "justification", "sum", "score"):  # one of each, and that our own
+            assert len(re.findall(rf"<\s*+{tag}\b", lower)) == len(re.findall(rf"<\s*+/\s*+{tag}\b", lower)) == 1
+    assert "<response>\nfine\n</response>" in asked[0]["content"]
+    assert "<instruction>\nwhy?\n</instruction>" in answered[0]["content"]
+    for query in (text, f"7x8{text}", f"{text}7x8"):
+        right = float(len(query) == 3 and query[1] == "x" and query[0] in "0123456789" and query[2] in "0123456789")
+        assert lsp.toy_quality([query], [text]) == [right] and lsp.toy_reward([query], [text]) == [0.0]
+    shown = lsp.show_play({"query": text, "answers": [text, text], "R": [0.0, 1.0], "V": 0.5, "V_Q": None})
+    assert shown.count("\n") == 1 and len(shown) < 450 and shown.replace("\n", "").isprintable()
+
+
+@many
+@given(text=hostile)
+def test_no_text_raises_or_forges_a_turn_a_tag_or_a_score(text, marked):
+    check_hostile(text, marked)
+
+
+@pytest.mark.parametrize("text", LONG, ids=lambda text: repr(text[:10]))
+def test_a_hundred_thousand_characters_are_read_in_no_time_and_forge_nothing(text, marked):
+    check_hostile(text, marked)  # a regular expression that backtracks would take minutes here
+
+
+@many
+@given(ids=st.lists(st.integers(0, 276), max_size=40))
+def test_whatever_is_sampled_decodes_to_text_that_can_be_encoded_again(ids, marked):
+    text = lsp.decode(marked, ids)
+    text.encode("utf-8")  # no lone surrogates: bytes that are no UTF-8 decode to U+FFFD
+    check_hostile(text, marked)
+
+
+@many
+@given(text=hostile)
+def test_the_toys_prompt_has_the_toys_roles_whatever_the_query(text, toy_tokenizer):
+    ids = lsp.encode_chat(toy_tokenizer, [{"role": "user", "content": text.replace("homework", "")}])
+    names = toy_tokenizer.convert_ids_to_tokens(ids)
+    assert names[0] == "<bos>" and names[-1] == "<answer>"
+    assert not {"<bos>", "<eos>", "<ask>", "<answer>"} & set(names[1:-1])
+
+
+@pytest.fixture(scope="session")
+def toy_tokenizer(toy):
+    return lsp.load_tokenizer(toy)
+
+
+# 4 to 10. Other models ------------------------------------------------------------------------------------------------
+
+SIZES = dict(vocab_size=262, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bos_token_id=0, eos_token_id=1,
+             initializer_range=0.3)
+GROUPED = dict(intermediate_size=48, num_key_value_heads=2, head_dim=8)
+EYES = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+            patch_size=14)
+WORDS = dict(SIZES, **GROUPED, query_pre_attn_scalar=8, pad_token_id=1,
+             layer_types=["sliding_attention", "full_attention"])
+MODELS = {  # pad is EOS, a token of its own, or none; ends are one or several
+    "Llama": (transformers.LlamaConfig(**SIZES, **GROUPED, tie_word_embeddings=True), "<|im_end|>", [1, 40]),
+    "Qwen3": (transformers.Qwen3Config(**SIZES, **GROUPED), "<|turn|>", [1, 2]),
+    "Gemma3": (transformers.Gemma3TextConfig(**WORDS, sliding_window=1024), "<|turn|>", [1, 50]),
+    "Gemma3 with eyes": (transformers.Gemma3Config(text_config=dict(WORDS, sliding_window=1024), vision_config=EYES,
+                                                  mm_tokens_per_image=4, boi_token_index=255, eoi_token_index=256,
+                                                  image_token_index=257, eos_token_id=[1, 50]), "<|turn|>", [1, 50]),
+    "Mistral": (transformers.MistralConfig(**SIZES, **GROUPED, sliding_window=None), None, 1),
+    "GPT-NeoX": (transformers.GPTNeoXConfig(**SIZES, intermediate_size=48), "<|im_end|>", 1),
+    "GPT-2": (transformers.GPT2Config(vocab_size=262, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1,
+                                      initializer_range=0.3, resid_pdrop=0.5), "<|im_end|>", 1),
+}
+
+
+def save_model(folder, config, pad, ends, seed=0):
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.generation_config.eos_token_id = ends
+    model.save_pretrained(folder)
+    byte_tokenizer(pad).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def other_models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {name: save_model(folder / name.replace(" ", "-"), *kind) for name, kind in MODELS.items()}
+
+
+def check_greedy_and_rows(folder, prompts, steps, ends=(1,)):
+    """Greedy sampling is an argmax loop, and rows score what it sampled as the plain layout does."""
+    model, tokenizer = lsp.load_model(folder, CPU, FP32)
+    completions = lsp.sample(model, tokenizer, prompts, steps, temperature=0)
+    with torch.no_grad():
+        assert completions == [argmax_loop(model, p, steps, ends) for p in prompts]
+        groups = [lsp.Group(p, [c, c[::-1]], [0.0, 0.0]) for p, c in zip(prompts, completions)]
+        mine = lsp.completion_log_probs(model, lsp.lay_out(groups, FP32, CPU))
+        for row, (group, c) in zip(mine, [(g, c) for g in groups for c in g.completions]):
+            assert torch.allclose(row[:len(c)], plain_log_probs(model, group.prompt, c), atol=5e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_other_models_play_and_their_rows_agree_with_the_plain_layout(name, other_models, tmp_path, monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    ids = lambda n: torch.randint(3, 250, (n,), generator=draw).tolist()
+    start, ends = ids(6), sorted({1, *torch.tensor(MODELS[name][2]).view(-1).tolist()})
+    assert lsp.eos_ids(*lsp.load_model(other_models[name], CPU, FP32)) == ends
+    check_greedy_and_rows(other_models[name], [start + ids(1), start + ids(9), start + ids(4), ids(3)], 12, ends)
+    variety = lambda prompts, completions, **_: [len(set(c)) for c in completions]
+    monkeypatch.setattr(lsp, "load_reward", lambda *_: variety)
+    [row] = play(tmp_path / "run", other_models[name], variant="zero", reward="own.py:f", iterations=1, num_queries=2,
+                 num_answers=3, max_query_tokens=8, max_answer_tokens=8, lr=1e-3)
+    assert row["skipped"] == 0 and row["grad_norm"] > 0 and row["kl_solver"] == row["kl_challenger"] == 0
+    before, after = weights(other_models[name]), weights(tmp_path / "run/checkpoint")
+    assert before.keys() == after.keys() and any(not torch.equal(before[key], after[key]) for key in before)
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    assert all(torch.equal(before[key], after[key]) for key in before if "vision" in key)
+
+
+@pytest.mark.parametrize("kind", [
+    transformers.MistralConfig(**SIZES, **GROUPED, sliding_window=16),
+    transformers.Gemma3TextConfig(**WORDS, sliding_window=16),
+    transformers.GPT2Config(vocab_size=262, n_embd=32, n_layer=2, n_head=4, n_positions=16, eos_token_id=1)],
+    ids=["Mistral", "Gemma3", "GPT-2"])
+def test_prompts_and_completions_longer_than_a_models_window_are_refused(kind, tmp_path):
+    folder = save_model(tmp_path / "model", kind, "<|im_end|>", 1)
+    check_greedy_and_rows(folder, [list(range(5, 11)), list(range(5, 13))], 8)  # just fits
+    model, tokenizer = lsp.load_model(folder, CPU, FP32)
+    with pytest.raises(lsp.UserError, match="takes 16 tokens.*17 are asked for.*--max-answer-tokens"):
+        lsp.sample(model, tokenizer, [[5, 6], list(range(5, 13))], 9)
+
+
+@pytest.mark.parametrize("kind", [
+    transformers.BloomConfig(vocab_size=262, hidden_size=32, n_layer=2, n_head=4, eos_token_id=1),
+    transformers.MambaConfig(vocab_size=262, hidden_size=32, num_hidden_layers=2, eos_token_id=1),
+    transformers.CohereConfig(**SIZES, intermediate_size=48, num_key_value_heads=2)], ids=["Bloom", "Mamba", "Cohere"])
+def test_models_that_cannot_be_trained_as_rows_are_refused_by_name(kind, tmp_path):
+    model, _ = lsp.load_model(save_model(tmp_path / "model", kind, "<|im_end|>", 1), CPU, FP32)
+    with pytest.raises(lsp.UserError, match=f"--model odd: {type(model).__name__}"):
+        lsp.check_rows(model, "odd")
+
+
+def test_a_model_without_an_end_of_turn_is_refused():
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    model.generation_config.eos_token_id = tokenizer.eos_token = None
+    with pytest.raises(lsp.UserError, match="ends a turn"):
+        lsp.sample(model, tokenizer, [[5, 6]], 3)
+
+
+# 9. More of faults ----------------------------------------------------------------------------------------------------
+
+def test_a_full_disk_while_logging_is_one_line_and_resume_goes_on(tmp_path, toy, capsys):
+    play(tmp_path / "run", toy, num_queries=2, num_answers=2, iterations=2)
+    (tmp_path / "run/plays.jsonl").rename(tmp_path / "kept")
+    (tmp_path / "run/plays.jsonl").symlink_to("/dev/full")  # opens, and has no room
+    config = lsp.Config(variant="zero", out=str(tmp_path / "run"))
+    with pytest.raises(lsp.UserError, match="No space left on device.*--resume"):
+        lsp.keep(None, config, tmp_path / "run", {"iteration": 2}, [{"query": "q"}], tqdm(disable=True), last=False)
+
+
+def test_a_checkpoint_that_was_copied_as_a_folder_is_no_reason_to_begin_again(tmp_path, toy):
+    play(tmp_path / "run", toy, num_queries=2, num_answers=2, iterations=2)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")  # follows the link, as scp -r does
+    model, _ = lsp.load_model(toy, CPU, FP32)
+    assert lsp.load_checkpoint(tmp_path / "copy", lsp.AdamW(model.parameters(), 1e-3)) == 2
+    assert len(lsp.read_jsonl(tmp_path / "copy/metrics.jsonl")) == 2
+
+
+def test_the_model_of_a_run_is_the_checkpoint_that_it_began_with(tmp_path, toy, monkeypatch):
+    """`checkpoint` moves on when that other run does; the reference must not."""
+    play(tmp_path / "one", toy, num_queries=2, num_answers=2, iterations=1)
+    monkeypatch.chdir(tmp_path)
+    config, said = lsp.parse(["--model", "one/checkpoint"])
+    assert config.model == said["model"] == str(tmp_path / "one/checkpoint-000001")
+    assert lsp.parse(["--model", "toy"])[0].model == "toy" and lsp.parse([])[0].model == ""
+
+
+def test_queries_stand_one_a_line_whatever_else_looks_like_a_line_break(tmp_path):
+    odd = "a\u2028b\x0cc\x85d"
+    (tmp_path / "a.txt").write_text(f"\ufeff{odd}\r\nsecond", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"instruction": odd}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert lsp.read_prompts(tmp_path / "a.txt") == [odd, "second"] and lsp.read_prompts(tmp_path / "a.jsonl") == [odd]
+
+
+def test_a_run_whose_weights_run_away_ends_with_the_line_about_it(tmp_path, toy):
+    with pytest.raises(lsp.UserError, match="--lr 1000000000000.0.*3 times in a row.*checkpoint"):
+        play(tmp_path / "run", toy, num_queries=2, num_answers=2, iterations=12, lr=1e12)
+
+
+def test_a_terminal_without_a_character_does_not_end_a_run(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    lsp.run_main(lambda: lsp.say("caf\u00e9"))
+    terminal.flush()
+    assert terminal.buffer.getvalue() == b"caf?\n"
 
 
 # eval.py -------------------------------------------------------------------------------------------------------------
