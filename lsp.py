@@ -472,7 +472,7 @@ def load_reward(spec, device, dtype):
         raise UserError(f"--reward {spec}: there is no file {path}")
     try:
         found = runpy.run_path(path)
-    except Exception as error:  # whatever the user's file raises
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
         raise UserError(f"--reward {spec}: importing {path} raised {type(error).__name__}: {error}") from error
     if not callable(found.get(name)):
         raise UserError(f"--reward {spec}: {path} has no function {name}")
@@ -487,7 +487,7 @@ def score(reward, queries, answers):
         values = list(reward(prompts=prompts, completions=completions))
     except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever the user's function raises
+    except (Exception, SystemExit) as error:  # whatever the user's function raises
         raise UserError(f"--reward {name} raised {type(error).__name__}: {first_line(error)}") from error
     if len(values) != len(prompts):
         raise UserError(f"--reward {name} returned {len(values)} rewards for {len(prompts)} completions")
@@ -1090,7 +1090,7 @@ def run_main(main):
     try:
         main()
     except (UserError, torch.OutOfMemoryError) as error:
-        print(f"error: {first_line(error)}", file=sys.stderr)
+        print(f"error: {error if isinstance(error, UserError) else first_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

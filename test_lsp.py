@@ -1177,7 +1177,7 @@ BAD_INPUT = {  # arguments -> what the line must say
     "--seed 99999999999999999999999": "--seed",
     GRPO + "{bad}/absent.txt": "--prompts {bad}/absent.txt",
     GRPO + "{bad}/nothing": "--prompts {bad}/nothing",
-    GRPO + "{bad}/table.csv": "--prompts {bad}/table.csv: a .txt, .json or .jsonl",
+    GRPO + "{bad}/table.csv": "--prompts {bad}/table.csv",
     GRPO + "{bad}/empty.txt": "--prompts {bad}/empty.txt",
     GRPO + "{bad}/key.jsonl": "--prompts {bad}/key.jsonl: entry 2 has no text under `instruction`",
     GRPO + "{bad}/list.json": "--prompts {bad}/list.json: entry 1",
@@ -1211,7 +1211,7 @@ BAD_INPUT = {  # arguments -> what the line must say
     "--resume --out {bad}/run --beta 0.7": "--resume: --beta 0.7: the run has 0.1",
     "--resume --out {bad}/run --model other": "--resume: --model other: the run has",
     "--resume --out {bad}/corrupt": "--resume: {bad}/corrupt/checkpoint/trainer.pt cannot be read",
-    "--resume --out {bad}/trainerless": "--resume: {bad}/trainerless/checkpoint/trainer.pt cannot be read",
+    "--resume --out {bad}/trainerless": "weights: --model {bad}/trainerless/checkpoint --out ANOTHER",
     "--resume --out {bad}/settings": "--resume: {bad}/settings/config.json is not a run's settings",
 }
 LATE = ("cut", "pickle", "corrupt", "trainerless", "{bad}/reward.py:", "--reward {text}")  # a model is tried first
@@ -1426,13 +1426,22 @@ def test_a_model_without_an_end_of_turn_is_refused():
 
 # 9. More of faults ----------------------------------------------------------------------------------------------------
 
-def test_a_full_disk_while_logging_is_one_line_and_resume_goes_on(tmp_path, toy, capsys):
-    play(tmp_path / "run", toy, num_queries=2, num_answers=2, iterations=2)
-    (tmp_path / "run/plays.jsonl").rename(tmp_path / "kept")
-    (tmp_path / "run/plays.jsonl").symlink_to("/dev/full")  # opens, and has no room
-    config = lsp.Config(variant="zero", out=str(tmp_path / "run"))
-    with pytest.raises(lsp.UserError, match="No space left on device.*--resume"):
-        lsp.keep(None, config, tmp_path / "run", {"iteration": 2}, [{"query": "q"}], tqdm(disable=True), last=False)
+def test_a_full_disk_while_logging_is_one_line(tmp_path, capsys):
+    for name in lsp.LOGS:
+        (tmp_path / name).symlink_to("/dev/full")  # opens, and has no room
+    config = lsp.Config(variant="zero", out=str(tmp_path))
+    log = lambda: lsp.keep(None, config, tmp_path, {"iteration": 2}, [{"query": "q"}], tqdm(disable=True), last=False)
+    with pytest.raises(SystemExit) as end:
+        lsp.run_main(log)
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1 and "No space left on device" in line
+
+
+def test_a_model_whose_log_probabilities_are_nan_is_refused():
+    model = tiny_llama()
+    model.model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(lsp.UserError, match="--model odd"):
+        lsp.check_rows(model, "odd")
 
 
 def test_a_checkpoint_that_was_copied_as_a_folder_is_no_reason_to_begin_again(tmp_path, toy):
@@ -1470,6 +1479,25 @@ def test_a_terminal_without_a_character_does_not_end_a_run(monkeypatch):
     lsp.run_main(lambda: lsp.say("caf\u00e9"))
     terminal.flush()
     assert terminal.buffer.getvalue() == b"caf?\n"
+
+
+def test_running_out_of_memory_between_two_micro_batches_counts_nothing_twice(monkeypatch):
+    model, reference, groups = tiny_llama(), tiny_llama(seed=1), random_groups()
+    config = lsp.Config(beta=0.1, alpha_ch=0.5, update_tokens=40)
+    lsp.accumulate_gradients(model, reference, groups, config, {"solver": 5, "challenger": 1})
+    gradient, lay_out, calls, seen = gradients(model), lsp.lay_out, [], []
+    model.zero_grad()
+
+    def full_once(*arguments):
+        calls.append(1)
+        if len(calls) == 2:  # the first micro-batch's gradient is there already
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return lay_out(*arguments)
+    monkeypatch.setattr(lsp, "lay_out", full_once)
+    optimizer = lsp.AdamW(model.parameters(), 1e-3)
+    monkeypatch.setattr(optimizer, "step", lambda scale: seen.append(gradients(model)))
+    lsp.update(model, reference, optimizer, groups, config)
+    assert all(torch.allclose(seen[0][name], gradient[name], rtol=1e-3, atol=1e-4) for name in gradient)
 
 
 # eval.py -------------------------------------------------------------------------------------------------------------
