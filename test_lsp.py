@@ -902,6 +902,11 @@ def test_the_toys_roles_are_told_apart_by_the_prompt(toy):
     assert len(tokenizer) == 16
 
 
+def test_the_toy_learns_with_sixteen_bit_weights_and_moments(tmp_path, toy):
+    rows = play(tmp_path / "run", toy, variant="lsp", dtype="bfloat16", optimizer_bits=16, iterations=60)
+    assert rows[-1]["accuracy"] > rows[0]["accuracy"] + 0.1 and rows[-1]["valid"] > 0.85
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_on_the_toy_lsp_learns_and_stays_well_formed_while_lsp_zero_drifts_into_nonsense(tmp_path, seed):
     lsp.make_toy(tmp_path / "toy", seed)
@@ -1050,6 +1055,18 @@ def reward(prompts, completions, **_):
         os._exit(9)
     return [0.0] * len(prompts)
 """
+
+
+def test_a_toy_run_of_two_processes_learns_as_one_does(tmp_path, toy):
+    options = ["--model", toy, "--variant", "lsp", "--iterations", "60", "--save-every", "100"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, launcher in (("one", []), ("two", torchrun)):
+        done = subprocess.run([sys.executable, *launcher, "lsp.py", *options, "--out", str(tmp_path / name)], cwd=HERE,
+                              env=quiet_environment(), timeout=300, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = ([row["accuracy"] for row in lsp.read_jsonl(tmp_path / name / "metrics.jsonl")] for name in ("one", "two"))
+    assert one[0] == pytest.approx(two[0], abs=0.03)  # the same start, after one step
+    assert min(one[-1], two[-1]) > one[0] + 0.1 and two[-1] == pytest.approx(one[-1], abs=0.12)
 
 
 def test_a_process_that_dies_ends_the_run_with_an_error_and_no_hang(tmp_path, toy):
