@@ -396,7 +396,8 @@ def prefill(model, prompts):
     """Computes what the prompts share once: (ids, mask, KV cache of all but the last column) for generate.
     Equal prompts (a query's G copies) are one row; what all begin with (Box 1, the rubric of Box 3) is one row of its
     own. A row is [shared | padding | rest]; the mask hides the padding, and positions count what it leaves."""
-    unique = list(dict.fromkeys(map(tuple, prompts)))
+    row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    unique = list(row_of)
     width, device = max(map(len, unique)), model.device
     shared = min(len(os.path.commonprefix(unique)), min(map(len, unique)) - 1)
     padding = [width - len(p) for p in unique]
@@ -405,7 +406,7 @@ def prefill(model, prompts):
     for row, n in zip(mask, padding):
         row[shared:shared + n] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    copies = torch.tensor([unique.index(tuple(p)) for p in prompts], device=device)
+    copies = torch.tensor([row_of[tuple(p)] for p in prompts], device=device)
     cache = DynamicCache(config=model.config)
     if shared:
         model.base_model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
