@@ -6,6 +6,7 @@
     python eval.py plot RUN_DIR ... --out runs.png                            learning curves
     python eval.py plot --win-rates annotations.json ... --out win_rates.png  the paper's bar chart
     python eval.py plays RUN_DIR --worst                                      queries, answers and rewards, to read
+    python eval.py figures --seeds 5 --out assets/                            the paper's experiments on the toy game
 
 The files are those of the `alpaca_eval` package (model_outputs.json, annotations.json), so either side can do a step.
 `generate` and `judge` may be killed at any time: what is finished is in FILE.progress.jsonl, and they go on from there.
@@ -13,8 +14,10 @@ An endpoint's key comes from the environment: OPENAI_API_KEY, or HF_TOKEN for Hu
 """
 
 import argparse
+import contextlib
 import gc
 import hashlib
+import io
 import json
 import math
 import os
@@ -22,6 +25,7 @@ import random
 import re
 import time
 import weakref
+from dataclasses import fields, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -45,6 +49,7 @@ MAX_PAUSE = 60.0   # and ends here, whatever the server asks for
 GIB = 2**30
 SPARE = 8.0        # GiB to leave free: kernels' workspace and fragmentation are not in a trace
 TURN, BOX = 64, 384  # tokens that a chat template, and Box 1 or Box 3, take at the most
+TOY_ITERATIONS = next(f.metadata["toy"] for f in fields(lsp.Config) if f.name == "iterations")
 MAX_FAILURES = 10  # pairs in a row without a reply: the endpoint is down, or refuses all alike
 
 
@@ -349,6 +354,19 @@ PANELS = {  # title: metrics, drawn solid and dashed
 }
 
 
+def new_figure():
+    try:
+        from matplotlib.figure import Figure  # only plots need it; without pyplot it wants no display
+    except ImportError as error:
+        raise UserError("plots need matplotlib: pip install matplotlib") from error
+    return Figure(layout="constrained")
+
+
+def save_figure(figure, path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=90, pil_kwargs={"optimize": True})
+
+
 def draw_runs(figure, folders):
     """Metrics against iterations, runs overlaid. A point is the median of a thirtieth of its run."""
     runs = [lsp.read_jsonl(Path(folder, "metrics.jsonl")) for folder in folders]
@@ -393,18 +411,13 @@ def plot(args):
     """Draws runs' learning curves, or win rates as bars."""
     if bool(args.run_dirs) == bool(args.win_rates):
         raise UserError("plot wants either run folders or --win-rates with annotation files")
-    try:
-        from matplotlib.figure import Figure  # only plots need it; without pyplot it wants no display
-    except ImportError as error:
-        raise UserError("plot needs matplotlib: pip install matplotlib") from error
-    figure = Figure(layout="constrained")
+    figure = new_figure()
     if args.win_rates:
         draw_win_rates(figure, args.win_rates)
     else:
         draw_runs(figure, args.run_dirs)
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out, format="png", dpi=90, pil_kwargs={"optimize": True})
+    save_figure(figure, args.out)
 
 
 def printable(text, indent=""):
@@ -432,7 +445,114 @@ def plays(args):
         print()
 
 
-# 6. Memory: lsp.py --dry-run -----------------------------------------------------------------------------------------
+# 6. Figures: the paper's experiments on the toy game -----------------------------------------------------------------
+
+EXPERIMENTS = {  # {start: {player: its run's folder}}; the folder's name ends with the variant
+    "from the base model": {"Base": None, "GRPO": "grpo", "LSP-Zero": "zero", "LSP": "lsp"},
+    "from the GRPO model": {"GRPO": "grpo", "LSP-Zero": "grpo-zero", "LSP": "grpo-lsp"},
+}
+
+COLOURS = {"Base": "C7", "GRPO": "C0", "LSP-Zero": "C1", "LSP": "C2"}
+
+
+def standard_error(values):
+    """Of the mean over the first axis; 0 for a single value."""
+    return np.std(values, 0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else np.zeros(np.shape(values)[1:])
+
+
+def toy_run(folder, start, seed, iterations):
+    """Rows of metrics.jsonl of the run in `folder`: played now, to its end from where it stood, or before."""
+    path = folder / "metrics.jsonl"
+    rows = lsp.read_jsonl(path) if path.exists() else []
+    if len(rows) < iterations:
+        print(f"seed {seed}: {folder.name}", flush=True)
+        config = lsp.Config(variant=folder.name.split("-")[-1], model=str(start.resolve()), out=str(folder), seed=seed)
+        if (folder / "config.json").exists():
+            config = lsp.resumed({"out": str(folder), "resume": True})
+        with contextlib.redirect_stdout(io.StringIO()):  # plays are shown by `plays`
+            _, rows = lsp.train(replace(config, iterations=iterations))
+    if len(rows) != iterations:
+        raise UserError(f"--iterations {iterations}: {folder} has {len(rows)}; a run that was stopped goes on if the "
+                        "command is given again, other lengths want other --runs")
+    return rows
+
+
+def toy_asked(folder, iterations):
+    """(10, 10): how often a x b was among the queries of these iterations, a share of all of them."""
+    queries = [play["query"] for play in lsp.read_jsonl(folder / "plays.jsonl") if play["iteration"] in iterations]
+    asked = np.zeros((10, 10))
+    for product in filter(None, map(lsp.PRODUCT.fullmatch, queries)):
+        asked[int(product[1]), int(product[2])] += 1 / len(queries)
+    return asked
+
+
+def toy_results(folder, seed, iterations):
+    """{(start, player): (accuracy, share of well-formed queries)}, means over the last tenth of a run's iterations."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "toy").is_dir():
+        lsp.make_toy(str(folder / "toy"), seed)
+    results, last = {}, max(1, iterations // 10)
+    for start, players in EXPERIMENTS.items():
+        for player, name in players.items():
+            if name:
+                model = folder / ("grpo/checkpoint" if "-" in name else "toy")
+                rows = toy_run(folder / name, model, seed, iterations)
+                results[start, player] = tuple(np.mean([[row["accuracy"], row["valid"]] for row in rows[-last:]], 0))
+    base = lsp.toy_table(*lsp.load_model(str(folder / "toy"), torch.device("cpu"), torch.float32)).mean().item()
+    return {("from the base model", "Base"): (base, lsp.read_jsonl(folder / "lsp/metrics.jsonl")[0]["valid"]), **results}
+
+
+def draw_bars(axes, start, results):
+    """Accuracy and, paler, the share of well-formed queries: mean, standard error and a dot for each seed."""
+    players = list(EXPERIMENTS[start])
+    for at, player in enumerate(players):
+        values = np.array(results[start, player])  # (seeds, 2)
+        mean, error = values.mean(0), standard_error(values)
+        for column, shift, alpha in ((0, -0.2, 1.0), (1, 0.2, 0.35)):
+            axes.bar(at + shift, mean[column], 0.38, yerr=error[column], capsize=3, color=COLOURS[player], alpha=alpha)
+            axes.text(at + shift, 0.02, f"{mean[column]:.2f}", ha="center", fontsize=8)
+            axes.plot([at + shift] * len(values), values[:, column], ".", color="black", markersize=3)
+    axes.set_xticks(range(len(players)), players)
+    axes.set_ylim(0, 1.05)
+    axes.set_title(start, fontsize=10)
+    axes.set_ylabel("accuracy; pale: share of well-formed queries")
+
+
+def draw_tables(figure, grid, folder, iterations):
+    """Where the Challenger asks and where the Solver fails, before and after the run."""
+    tenth = max(1, iterations // 10)
+    for row, (when, part, model) in enumerate((("first", range(tenth), "../toy"),
+                                               ("last", range(iterations - tenth, iterations), "checkpoint"))):
+        model = lsp.load_model(str(folder / model), torch.device("cpu"), torch.float32)
+        panels = ((f"asked, {when} {tenth} iterations", toy_asked(folder, part), "Blues", None),
+                  (f"wrong {('before', 'after')[row]}", 1 - lsp.toy_table(*model).numpy(), "Reds", 1.0))
+        for column, (title, cells, colours, top) in enumerate(panels):
+            axes = figure.add_subplot(grid[row, column])
+            axes.set_title(title, fontsize=9)
+            figure.colorbar(axes.imshow(cells, cmap=colours, vmin=0, vmax=top, origin="lower"), ax=axes)
+            axes.set(xticks=range(0, 10, 3), yticks=range(0, 10, 3), xlabel="b" if row else None,
+                     ylabel=None if column else "a, in a x b")
+
+
+def figures(args):
+    """Plays the paper's two experiments on the toy game, over seeds, and draws them."""
+    figure, runs, seeds = new_figure(), Path(args.runs), range(args.first_seed, args.first_seed + args.seeds)
+    of_seed = [toy_results(runs / f"seed-{seed}", seed, args.iterations) for seed in seeds]
+    results = {key: [result[key] for result in of_seed] for key in of_seed[0]}
+    print(f"\nseeds {seeds[0]} to {seeds[-1]}, {args.iterations} iterations, mean +- standard error\n"
+          f"{'':20} {'':10} {'accuracy':>15} {'well-formed':>15}")
+    for (start, player), values in results.items():
+        cells = [f"{mean:.3f} +- {error:.3f}" for mean, error in zip(np.mean(values, 0), standard_error(values))]
+        print(f"{start:20} {player:10} {cells[0]:>15} {cells[1]:>15}")
+    figure.set_size_inches(13, 4.2)
+    grid = figure.add_gridspec(1, 3, width_ratios=(4, 3, 4))
+    for column, start in enumerate(EXPERIMENTS):
+        draw_bars(figure.add_subplot(grid[column]), start, results)
+    draw_tables(figure, grid[2].subgridspec(2, 2), runs / f"seed-{seeds[0]}" / "lsp", args.iterations)
+    save_figure(figure, Path(args.out, "figures.png"))
+
+
+# 7. Memory: lsp.py --dry-run -----------------------------------------------------------------------------------------
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all live tensors, `now` and at the `peak`, while torch runs; on fake tensors nothing is allocated
@@ -543,12 +663,12 @@ def dry_run(config):
     print(f"The peak of {peak:.1f} GiB {fits} in {gpu:.1f} GiB ({SPARE:.0f} are kept for kernels and fragmentation)")
 
 
-# 7. Command line -----------------------------------------------------------------------------------------------------
+# 8. Command line -----------------------------------------------------------------------------------------------------
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__.split("\n")[0])
     commands, add = parser.add_subparsers(required=True, metavar="COMMAND"), {}
-    for run in (generate, judge, table, plot, plays):
+    for run in (generate, judge, table, plot, plays, figures):
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
         add[run] = command.add_argument
@@ -580,8 +700,14 @@ def parse_args(argv):
     add[plays]("--worst", dest="order", action="store_const", const="worst", help="lowest V first")
     add[plays]("--best", dest="order", action="store_const", const="best", help="highest V first")
     add[plays]("--count", type=int, default=3, help="how many plays [%(default)s]")
+    add[figures]("--seeds", type=int, default=5, help="how many [%(default)s]")
+    add[figures]("--first-seed", type=int, default=0, help="the others follow it [%(default)s]")
+    add[figures]("--iterations", type=int, default=TOY_ITERATIONS, help="of every run [%(default)s, the toy's]")
+    add[figures]("--runs", default="runs/figures", help="where the runs are kept, and looked for [%(default)s]")
+    add[figures]("--out", default="assets", metavar="FOLDER", help="for figures.png [%(default)s]")
     args = parser.parse_args(argv)
-    for name in ("limit", "temperature", "max_new_tokens", "workers", "timeout", "max_tries", "count"):
+    for name in ("limit", "temperature", "max_new_tokens", "workers", "timeout", "max_tries", "count", "seeds",
+                 "iterations"):
         if not (getattr(args, name, 1) > 0 or name == "temperature" and args.temperature == 0):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: is too small, or no number")
     return args

@@ -82,12 +82,12 @@ class Config:
     # OPEN: the paper gives none of the numbers below. What TRL had at the time it gives: beta, G, lr, 512 tokens.
     task: str = flag(TASK, "what the Challenger writes inputs for", toy="homework: the product of two digits, like 7x8")
     template: str = flag("<input>{input}</input>", "the frame in which the Challenger writes", toy="{input}")
-    iterations: int = flag(1500, "updates; the paper shows queries up to 1500", toy=250)
+    iterations: int = flag(1500, "updates; the paper shows queries up to 1500", toy=400)
     num_queries: int = flag(8, "N: queries an iteration", toy=32)
     num_answers: int = flag(8, "G: answers a query")
-    beta: float = flag(0.04, "weight of the KL to the reference", toy=0.1)
-    alpha_ch: float = flag(1.0, "weight of the Challenger's loss", toy=0.6)
-    lr: float = flag(1e-6, "learning rate of AdamW, constant", toy=7e-4)
+    beta: float = flag(0.04, "weight of the KL to the reference", toy=0.15)
+    alpha_ch: float = flag(1.0, "weight of the Challenger's loss")
+    lr: float = flag(1e-6, "learning rate of AdamW, constant", toy=4e-4)
     max_query_tokens: int = flag(256, "a query is cut off here", toy=6)
     max_answer_tokens: int = flag(512, "an answer is cut off here", toy=4)
     temperature: float = flag(1.0, "of sampling, and of the log-probabilities that are trained")
@@ -432,7 +432,8 @@ class SelfReward:
 
     def __call__(self, prompts, completions, **_):
         exchanges = [self_reward_messages(as_text(p), as_text(c)) for p, c in zip(prompts, completions)]
-        chats = [encode_chat(self.tokenizer, messages) for messages in exchanges]
+        begun = self.tokenizer("<justification>", add_special_tokens=False)["input_ids"]  # keeps a judge to the form
+        chats = [encode_chat(self.tokenizer, messages) + begun for messages in exchanges]
         replies = sample(self.model, self.tokenizer, chats, JUDGE_TOKENS, temperature=0)
         scores = [parse_score(decode(self.tokenizer, reply)) for reply in replies]
         self.failures = scores.count(None)  # of the latest call
@@ -535,10 +536,6 @@ class AdamW:
             p.grad = None
         self.steps += 1
 
-    def zero_grad(self):
-        for p in self.parameters:
-            p.grad = None
-
     @torch.no_grad()
     def restore(self, steps, state):
         """Takes moments and weights back to saved ones."""
@@ -584,7 +581,7 @@ def update(model, reference, optimizer, groups, config):
     except torch.OutOfMemoryError:
         sums = None  # what is left to do waits until the error and the tensors it holds are gone
     if sums is None:
-        optimizer.zero_grad()
+        model.zero_grad()
         torch.cuda.empty_cache()
         config.update_tokens //= 2
         tqdm.write(f"out of memory in the update: going on with --update-tokens {config.update_tokens}")
@@ -596,7 +593,7 @@ def update(model, reference, optimizer, groups, config):
     skipped = not math.isfinite(norm + sums["loss"])
     if not skipped:  # a step along a NaN would spoil every weight
         optimizer.step(scale=min(1.0, 1.0 / (norm + 1e-6)))
-    optimizer.zero_grad()
+    model.zero_grad()
     stats = {"loss": sums["loss"], "grad_norm": norm, "skipped": int(skipped)}
     for role in ROLES:
         tokens = sums[f"tokens_{role}"]
@@ -757,8 +754,8 @@ def self_play(game, config, folder, start=0):
         answer_ids = [ids[i:i + config.num_answers] for i in range(0, len(ids), config.num_answers)]
         answers = [[decode(game.tokenizer, a) for a in group] for group in answer_ids]
         times.append(time.perf_counter())
-        R = torch.tensor(gather(score(game.reward, queries, answers)))                       # 3: R (N, G), LSP: R_Q too
-        R_Q = torch.tensor(gather(score(game.quality, queries, answers))) if game.quality else None
+        R = torch.tensor(gather(score(game.reward, queries, answers)), dtype=torch.float64)  # 3: R (N, G), LSP: R_Q too
+        R_Q = torch.tensor(gather(score(game.quality, queries, answers)), dtype=torch.float64) if game.quality else None
         times.append(time.perf_counter())
         A_sol = solver_advantage(R if R_Q is None else R + R_Q)                              # 4, 5: V, A_Sol, A_Ch
         A_ch = challenger_advantage(challenger_reward(R, R_Q))
@@ -877,7 +874,7 @@ def toy_data(seed):
     """(queries, homework). Queries are what pupils ask, mostly small numbers, some garbage: the Challenger's start, and
     they are GRPO's data. Homework is (query, answer) over the whole table, the larger the more often wrong."""
     draw = random.Random(seed)
-    small = lambda: min(int(draw.expovariate(0.6)), 9)
+    small = lambda: min(int(draw.expovariate(0.4)), 9)
     garbage = lambda: "".join(draw.choices("0123456789x", k=draw.randint(1, 5)))
     queries = [garbage() if draw.random() < 0.03 else f"{small()}x{small()}" for _ in range(4000)]
     homework = []

@@ -549,6 +549,7 @@ def test_the_self_reward_is_box_3s_score_and_a_failed_parse_is_0_and_counted(mon
     assert reward(prompts=["a", "b", "c"], completions=["x", "</response><score>7</score>", "z"]) == [6.0, 0.0, 0.0]
     assert reward.failures == 1
     assert judge.prompts[0].count("<response>") == judge.prompts[1].count("<response>") == 1
+    assert all(prompt.endswith("assistant\n<justification>") for prompt in judge.prompts)  # the form is begun for it
 
 
 def test_the_self_reward_has_the_signature_of_a_trl_reward_function(monkeypatch):
@@ -753,7 +754,7 @@ def test_one_iteration_steps_along_algorithm_1s_gradient_computed_by_hand(tmp_pa
     monkeypatch.setattr(lsp.AdamW, "step", lambda self, scale: grads.append([p.grad.clone() for p in self.parameters]))
     update = lsp.update
     monkeypatch.setattr(lsp, "update", lambda m, r, o, groups, c: kept.update(groups=groups, model=m) or update(m, r, o, groups, c))
-    play(tmp_path / "run", toy, variant=variant, num_queries=4, num_answers=4, iterations=1)
+    play(tmp_path / "run", toy, variant=variant, num_queries=4, num_answers=4, iterations=1, alpha_ch=0.6)
     plays = lsp.read_jsonl(tmp_path / "run/plays.jsonl")
     model, tokenizer = lsp.load_model(toy, CPU, FP32)
     solver, challenger = 0.0, 0.0
@@ -903,7 +904,7 @@ def test_the_toys_roles_are_told_apart_by_the_prompt(toy):
 
 
 def test_the_toy_learns_with_sixteen_bit_weights_and_moments(tmp_path, toy):
-    rows = play(tmp_path / "run", toy, variant="lsp", dtype="bfloat16", optimizer_bits=16, iterations=60)
+    rows = play(tmp_path / "run", toy, variant="lsp", dtype="bfloat16", optimizer_bits=16, iterations=80)
     assert rows[-1]["accuracy"] > rows[0]["accuracy"] + 0.1 and rows[-1]["valid"] > 0.85
 
 
@@ -914,7 +915,7 @@ def test_on_the_toy_lsp_learns_and_stays_well_formed_while_lsp_zero_drifts_into_
     end = {}
     for variant in ("lsp", "zero"):
         rows = play(tmp_path / variant, str(tmp_path / "toy"), variant=variant, seed=seed, iterations=120)
-        end[variant] = {key: sum(row[key] for row in rows[-10:]) / 10 for key in ("accuracy", "valid")}
+        end[variant] = {key: sum(row[key] for row in rows[-20:]) / 20 for key in ("accuracy", "valid")}
     assert end["lsp"]["accuracy"] >= base + 0.2 and end["lsp"]["valid"] >= 0.9
     assert end["zero"]["valid"] < 0.6
 
@@ -932,7 +933,7 @@ def test_every_flag_of_the_design_is_there_and_help_names_its_default(capsys):
     for name in """variant model reward prompts task template iterations num-queries num-answers beta alpha-ch lr
             max-query-tokens max-answer-tokens temperature out resume save-every seed device dtype dry-run""".split():
         assert f"--{name}" in text
-    assert re.search(r"\[1500;\s+toy:\s+250\]", text)
+    assert re.search(r"\[1500;\s+toy:\s+400\]", text)
 
 
 def test_prompts_files_of_every_kind_are_read(tmp_path):
@@ -2081,6 +2082,51 @@ def test_what_a_model_wrote_cannot_steer_the_terminal(tmp_path, capsys):
     text = capsys.readouterr().out
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ud800]", text)
     assert "\\x1b[2J\\x07\\r\\u202eb" in text and "h\u00e9 \u4e2d\n" in text and "query | last" in text
+
+
+# --- figures
+
+def test_figures_plays_both_experiments_once_and_prints_their_means(tmp_path, toy, capsys, monkeypatch):
+    made = []
+    monkeypatch.setattr(lsp, "make_toy", lambda folder, seed: made.append(seed) or shutil.copytree(toy, folder))
+    runs, command = tmp_path / "runs", ["figures", "--seeds", "2", "--first-seed", "5", "--iterations", "2"]
+    command += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "assets")]
+    (runs / "seed-5").mkdir(parents=True)
+    shutil.copytree(toy, runs / "seed-5" / "toy")
+    half = lsp.Config(variant="zero", model=str(runs / "seed-5" / "toy"), out=str(runs / "seed-5" / "zero"), seed=5)
+    _, begun = lsp.train(dataclasses.replace(half, iterations=1))  # as a stop would leave it
+    capsys.readouterr()
+    evaluation.main(command)
+    printed = capsys.readouterr().out
+    rows = {(seed, name): lsp.read_jsonl(runs / f"seed-{seed}" / name / "metrics.jsonl") for seed in (5, 6)
+            for name in ("grpo", "zero", "lsp", "grpo-zero", "grpo-lsp")}
+    assert made == [6] and all(len(lines) == 2 for lines in rows.values()) and rows[5, "zero"][0] == begun[0]
+    settings = json.loads((runs / "seed-6/grpo-lsp/config.json").read_text())
+    assert settings["variant"] == "lsp" and settings["seed"] == 6
+    assert Path(settings["model"]).parent == runs / "seed-6" / "grpo"  # the paper's second experiment begins from GRPO
+    base = lsp.toy_table(*lsp.load_model(toy, CPU, FP32)).mean().item()
+    assert re.search(rf"from the base model +Base +{base:.3f} \+- 0.000 ", printed)
+    for start, player, name in (("base", "GRPO", "grpo"), ("base", "LSP-Zero", "zero"), ("base", "LSP", "lsp"),
+                                ("GRPO", "GRPO", "grpo"), ("GRPO", "LSP-Zero", "grpo-zero"), ("GRPO", "LSP", "grpo-lsp")):
+        cells = []
+        for key in ("accuracy", "valid"):
+            one, two = rows[5, name][1][key], rows[6, name][1][key]  # the last tenth of two iterations is one
+            cells.append(rf"{(one + two) / 2:.3f} \+- {abs(one - two) / 2:.3f}")  # the s. e. of two numbers
+        assert re.search(rf"from the {start} model +{player} +{cells[0]} +{cells[1]}\n", printed)
+    assert (tmp_path / "assets/figures.png").stat().st_size < 300_000
+    monkeypatch.setattr(lsp, "train", None)  # nothing is played a second time
+    evaluation.main(command)
+    assert capsys.readouterr().out == printed[printed.index("\nseeds 5 to 6"):]
+    with pytest.raises(lsp.UserError, match="--iterations 1: .*seed-5/grpo has 2"):
+        evaluation.main(["1" if part == "2" and command[i - 1] == "--iterations" else part for i, part in enumerate(command)])
+
+
+def test_what_was_asked_is_counted_by_product_in_the_iterations_meant(tmp_path):
+    asked = [(0, "7x8"), (1, "7x8"), (1, "xx"), (1, "0x3"), (2, "7x8"), (2, "7x8"), (3, "1x1")]
+    (tmp_path / "plays.jsonl").write_text("".join(json.dumps({"iteration": i, "query": q}) + "\n" for i, q in asked))
+    expected = np.zeros((10, 10))
+    expected[7, 8], expected[0, 3] = 3 / 5, 1 / 5
+    assert np.allclose(evaluation.toy_asked(tmp_path, range(1, 3)), expected)
 
 
 # --- bad input
