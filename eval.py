@@ -521,11 +521,12 @@ def draw_bars(axes, start, results):
 def draw_tables(figure, grid, folder, iterations):
     """Where the Challenger asks and where the Solver fails, before and after the run."""
     tenth = max(1, iterations // 10)
-    for row, (when, part, model) in enumerate((("first", range(tenth), "../toy"),
-                                               ("last", range(iterations - tenth, iterations), "checkpoint"))):
+    early, late = range(tenth), range(iterations - tenth, iterations)
+    for row, (part, asked, model, wrong) in enumerate(((early, "asked, first tenth", "../toy", "wrong before"),
+                                                       (late, "asked, last tenth", "checkpoint", "wrong after"))):
         model = lsp.load_model(str(folder / model), torch.device("cpu"), torch.float32)
-        panels = ((f"asked, {when} {tenth} iterations", toy_asked(folder, part), "Blues", None),
-                  (f"wrong {('before', 'after')[row]}", 1 - lsp.toy_table(*model).numpy(), "Reds", 1.0))
+        panels = ((asked, toy_asked(folder, part), "Blues", None),
+                  (wrong, 1 - lsp.toy_table(*model).numpy(), "Reds", 1.0))
         for column, (title, cells, colours, top) in enumerate(panels):
             axes = figure.add_subplot(grid[row, column])
             axes.set_title(title, fontsize=9)

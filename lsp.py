@@ -47,6 +47,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
+from torch.nn.functional import cross_entropy
 from torch.optim.adamw import adamw
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -323,8 +324,8 @@ def token_log_probs(head, hidden, targets, temperature=1.0, chunk=512):
     The vocabulary is projected a chunk of tokens at a time and recomputed in the backward pass, so that a (tokens,
     vocabulary) matrix never exists; the softmax is fp32, as in bf16 it is off by up to 0.06 nats."""
     def of_chunk(h, y):
-        logits = head(h).float() / temperature
-        return logits.gather(1, y[:, None])[:, 0] - logits.logsumexp(dim=1)
+        logits = head(h).float()
+        return -cross_entropy(logits if temperature == 1 else logits / temperature, y, reduction="none")
 
     parts = zip(hidden.split(chunk), targets.split(chunk))
     return torch.cat([checkpoint(of_chunk, h, y, use_reentrant=False) for h, y in parts])
