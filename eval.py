@@ -498,8 +498,9 @@ def toy_results(folder, seed, iterations):
                 model = folder / ("grpo/checkpoint" if "-" in name else "toy")
                 rows = toy_run(folder / name, model, seed, iterations)
                 results[start, player] = tuple(np.mean([[row["accuracy"], row["valid"]] for row in rows[-last:]], 0))
-    base = lsp.toy_table(*lsp.load_model(str(folder / "toy"), torch.device("cpu"), torch.float32)).mean().item()
-    return {("from the base model", "Base"): (base, lsp.read_jsonl(folder / "lsp/metrics.jsonl")[0]["valid"]), **results}
+    accuracy = lsp.toy_table(*lsp.load_model(str(folder / "toy"), torch.device("cpu"), torch.float32)).mean().item()
+    valid = lsp.read_jsonl(folder / "lsp/metrics.jsonl")[0]["valid"]  # the first queries are the base model's
+    return {("from the base model", "Base"): (accuracy, valid), **results}
 
 
 def draw_bars(axes, start, results):
@@ -556,8 +557,8 @@ def figures(args):
 # 7. Memory: lsp.py --dry-run -----------------------------------------------------------------------------------------
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all live tensors, `now` and at the `peak`, while torch runs; on fake tensors nothing is allocated
-    or computed. What a GPU's kernels use inside, and fragmentation, are not in it."""
+    """Counts the bytes of all live tensors, `now` and at the `peak`, while torch runs; on fake tensors nothing is
+    allocated or computed. What a GPU's kernels use inside, and fragmentation, are not in it."""
 
     def __init__(self):
         super().__init__()

@@ -1058,6 +1058,7 @@ def train(config):
     game = Game(model, reference, tokenizer, optimizer, reward or load_reward(config.reward, device, dtype), quality,
                 prompts, toy_probe if toy else None)
     self_play(game, config, folder, load_checkpoint(folder, optimizer))
+    gather([])  # the other ranks wait here until rank 0 has saved: what follows may read the folder
     return config, read_jsonl(folder / "metrics.jsonl")
 
 def report(config, rows):
