@@ -486,21 +486,22 @@ def toy_asked(folder, iterations):
     return asked
 
 
+def toy_table(folder):
+    """(10, 10): how likely the model in `folder` is to answer a x b rightly."""
+    return lsp.toy_table(*lsp.load_model(str(folder), torch.device("cpu"), torch.float32)).numpy()
+
+
 def toy_results(folder, seed, iterations):
     """{(start, player): (accuracy, share of well-formed queries)}, means over the last tenth of a run's iterations."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "toy").is_dir():
         lsp.make_toy(str(folder / "toy"), seed)
-    results, last = {}, max(1, iterations // 10)
-    for start, players in EXPERIMENTS.items():
-        for player, name in players.items():
-            if name:
-                model = folder / ("grpo/checkpoint" if "-" in name else "toy")
-                rows = toy_run(folder / name, model, seed, iterations)
-                results[start, player] = tuple(np.mean([[row["accuracy"], row["valid"]] for row in rows[-last:]], 0))
-    accuracy = lsp.toy_table(*lsp.load_model(str(folder / "toy"), torch.device("cpu"), torch.float32)).mean().item()
-    valid = lsp.read_jsonl(folder / "lsp/metrics.jsonl")[0]["valid"]  # the first queries are the base model's
-    return {("from the base model", "Base"): (accuracy, valid), **results}
+    runs, last = {}, max(1, iterations // 10)
+    for name in ("grpo", "zero", "lsp", "grpo-zero", "grpo-lsp"):
+        runs[name] = toy_run(folder / name, folder / ("grpo/checkpoint" if "-" in name else "toy"), seed, iterations)
+    end = {name: np.mean([[row["accuracy"], row["valid"]] for row in rows[-last:]], 0) for name, rows in runs.items()}
+    end[None] = toy_table(folder / "toy").mean(), runs["lsp"][0]["valid"]  # the first queries are the base model's
+    return {(start, player): end[name] for start, players in EXPERIMENTS.items() for player, name in players.items()}
 
 
 def draw_bars(axes, start, results):
@@ -525,9 +526,8 @@ def draw_tables(figure, grid, folder, iterations):
     early, late = range(tenth), range(iterations - tenth, iterations)
     for row, (part, asked, model, wrong) in enumerate(((early, "asked, first tenth", "../toy", "wrong before"),
                                                        (late, "asked, last tenth", "checkpoint", "wrong after"))):
-        model = lsp.load_model(str(folder / model), torch.device("cpu"), torch.float32)
         panels = ((asked, toy_asked(folder, part), "Blues", None),
-                  (wrong, 1 - lsp.toy_table(*model).numpy(), "Reds", 1.0))
+                  (wrong, 1 - toy_table(folder / model), "Reds", 1.0))
         for column, (title, cells, colours, top) in enumerate(panels):
             axes = figure.add_subplot(grid[row, column])
             axes.set_title(title, fontsize=9)
