@@ -74,14 +74,14 @@ def with_progress(out, items, work, redo=lambda record: False):
         file.truncate(file.read().rfind(b"\n") + 1)  # a kill can tear the last line
         records = {record["key"]: record for record in lsp.read_jsonl(path)}
         rest = {k: item for k, item in items.items() if k not in records or redo(records[k])}
-        bar = tqdm(total=len(rest), desc=str(out))
         try:
-            for new in work(rest):
-                file.write(lsp.as_jsonl({"key": key, **new[key]} for key in new).encode())
-                file.flush()
-                os.fsync(file.fileno())
-                records.update(new)
-                bar.update(len(new))
+            with tqdm(total=len(rest), desc=str(out)) as bar:
+                for new in work(rest):
+                    file.write(lsp.as_jsonl({"key": key, **new[key]} for key in new).encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+                    records.update(new)
+                    bar.update(len(new))
         except KeyboardInterrupt:
             print(f"stopped: {path} keeps what is finished; go on with the same command")
             raise
@@ -514,9 +514,10 @@ def draw_curves(histories):
     return figure
 
 def draw_judges(levels):
-    """What LSP comes to by its judge's accuracy. levels: {that, or -0.1 of none: (seeds, 4)}"""
+    """What LSP comes to by its judge's accuracy. levels: [(that, or -0.1 of none; (seeds, 4))]"""
     figure, [axes] = new_figure(9, 4)
-    at, ends = list(levels), np.stack(list(levels.values()), axis=1)  # (seeds, judges, 4)
+    at, ends = zip(*levels)
+    ends = np.stack(ends, axis=1)  # (seeds, judges, 4)
     ends[:, :, 3] /= 7
     shown = {"accuracy": 0, "share of well-formed queries": 1, "R_Q / 7": 3}
     for color, (label, column) in zip(PALETTE[3:], shown.items()):
@@ -580,13 +581,13 @@ def figures(args):
     """Plays the paper's two experiments, and judges good and bad, on the toy, and draws them."""
     new_figure(1, 1)  # without matplotlib there is no need to play
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    folders, histories, ends, levels = play_all(args, seeds), {}, {}, {}
+    folders, histories, ends, levels = play_all(args, seeds), {}, {}, []
     for name in EXPERIMENTS:
         histories[name], ends[name] = read_ends(folders, name)  # ends: (seeds, 4)
     few = folders[:JUDGE_SEEDS]
     for name in JUDGES:
         accuracy = np.mean([judge_accuracy(folder / name) for folder in few])
-        levels[-0.1 if name == "zero" else accuracy] = read_ends(few, name)[1]
+        levels.append((-0.1 if name == "zero" else accuracy, read_ends(few, name)[1]))
     print_means(f"seeds {seeds[0]} to {seeds[-1]}, {args.iterations} iterations",
                 {"base (lsp at first)": histories["lsp"][:, 0], **ends})
     print_means("paired differences", {
@@ -594,8 +595,8 @@ def figures(args):
         "LSP - start, from GRPO": ends["grpo-lsp"] - ends["grpo"],
         "likewise, judged by the base": ends["grpo-base-lsp"] - ends["grpo"],
         "LSP-Zero - start, from GRPO": ends["grpo-zero"] - ends["grpo"]})
-    print_means(f"judges, by accuracy ({len(few)} seeds)",
-                {f"{accuracy:.3f}": values for accuracy, values in levels.items()})
+    rows = {f"{name}: {level[0]:.3f}": level[1] for name, level in zip(JUDGES, levels)}
+    print_means(f"judges, by accuracy ({len(few)} seeds)", rows)
     histories |= {name: read_ends(few, name)[0] for name in JUDGES[1:-1]}
     show_hacked(folders, histories)
     save_figure(draw_curves(histories), Path(args.out, "curves.png"))

@@ -1256,7 +1256,7 @@ def play_run(players, config, folder, start, stop):
             if due and rank() == 0:
                 save_checkpoint(folder, players, played)
                 saved, saved_at = played, time.monotonic()
-            if all_reduce(torch.tensor(len(stop))) > 0:
+            if played < config.iterations and all_reduce(torch.tensor(len(stop))) > 0:
                 say(f"stopped after iteration {played}; go on with: {resume(config)}")
                 break
     finally:  # whatever ended it: the weights are those of `played` but in the middle of a step
