@@ -1378,6 +1378,13 @@ def test_the_toys_prompt_is_the_solvers_whatever_the_query(text, toy_tokenizer):
 def toy_tokenizer(toy):
     return lsp.load_tokenizer(toy)
 
+def test_the_toys_judge_reads_box_3_itself_and_notices_when_its_words_are_swapped(toy, monkeypatch):
+    judge, exchange = lsp.SelfReward(*lsp.load_model(toy, CPU, FP32)), dict(prompts=["7x8"], completions=["56"])
+    assert judge(**exchange) == [7.0]
+    words = lsp.SELF_REWARD_PROMPT.replace("{instruction}", "{}").replace("{response}", "{instruction}")
+    monkeypatch.setattr(lsp, "SELF_REWARD_PROMPT", words.replace("{}", "{response}"))
+    assert judge(**exchange) == [5.0]  # now 56 is asked and 7x8 the answer
+
 def test_the_toys_judge_is_box_3_and_knows_well_formed_queries(toy):
     judge = lsp.SelfReward(*lsp.load_model(toy, CPU, FP32))
     products = [f"{a}x{b}" for a in range(10) for b in range(10)]
