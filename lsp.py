@@ -320,12 +320,11 @@ def write_queries(players, config, iteration):
                          config.temperature, config.sample_tokens)
         texts = [parse_query(decode(tokenizer, ids), config.template) for ids in replies]
         return Group(box_1, replies, texts)
-    texts, size = [], len(players.prompts)
-    for i in share:
-        epoch, place = divmod(iteration * config.num_queries + i, size)
-        order = random.Random(f"{config.seed}/{epoch}").sample(range(size), size)
-        texts.append(players.prompts[order[place]])
-    return Group([], [], texts)
+    size = len(players.prompts)
+    places = [divmod(iteration * config.num_queries + i, size) for i in share]  # (epoch, place)
+    orders = {epoch: random.Random(f"{config.seed}/{epoch}").sample(players.prompts, size)
+              for epoch in {epoch for epoch, _ in places}}
+    return Group([], [], [orders[epoch][place] for epoch, place in places])
 
 @phase("sample", "sample_tokens")
 def write_answers(players, config, queries):
@@ -1193,10 +1192,10 @@ def invite(config):
     if config.variant == "grpo" and not players.prompts:
         raise UserError(f"--prompts {config.prompts or '(left out)'}: --variant grpo needs queries")
     if name != "toy":
-        players.tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(name)
         arch = from_hub("--model", name, AutoConfig.from_pretrained)
         for number, prompt in enumerate(players.prompts or [], 1):
-            tokens = len(encode_query(players.tokenizer, prompt)) + config.max_answer_tokens
+            tokens = len(encode_query(tokenizer, prompt)) + config.max_answer_tokens
             check_length(f"--prompts {config.prompts}: entry {number}", tokens, arch)
     if not players.reward:
         load_tokenizer(config.reward, "--reward")
