@@ -62,6 +62,12 @@ def write_rows(path, rows):
 def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
+def version(name):
+    """A model, or FILE.py:FUNCTION, with the times of its files: they may change, the name stays."""
+    path = Path(name.rpartition(":")[0] if ".py:" in name else name)
+    files = [path] if path.is_file() else sorted(path.glob("*"))
+    return [name, *(file.stat().st_mtime_ns for file in files)]
+
 def with_progress(out, items, work, redo=lambda record: False):
     """{key: record} of all {key: item}: from OUT.progress.jsonl, the rest from work(rest), kept as
     it comes. A key is a digest of all that a record depends on: models, settings and texts."""
@@ -119,7 +125,7 @@ def generate(args):
     rows = read_rows(path, "--instructions", ["instruction"])
     count = min(args.limit, len(rows))
     rows = [rows[i * len(rows) // count] for i in range(count)]  # evenly: some of every subset
-    settings = [lsp.digest(args.model), args.temperature, args.max_new_tokens]
+    settings = [version(args.model), args.temperature, args.max_new_tokens]
     keys = [digest([*settings, row["instruction"]]) for row in rows]
     chats = {key: [{"role": "user", "content": row["instruction"]}] for key, row in zip(keys, rows)}
     work = lambda rest: chat(rest, args.model, args.max_new_tokens, args.temperature)
@@ -261,8 +267,8 @@ def judge(args):
     if not args.local and not args.judge.startswith("reward:"):
         client = endpoint_client(args)  # a missing key is found before anything is written
         work = lambda rest: endpoint_records(rest, args, client)
-    contents = lsp.digest(args.judge.removeprefix("reward:"))  # they may change, the name stays
-    keys = [digest([args.judge, contents, judge_messages(pair)]) for pair in pairs]
+    name = version(args.judge.removeprefix("reward:"))
+    keys = [digest([args.judge, name, judge_messages(pair)]) for pair in pairs]
     differ = {key: p for key, p in zip(keys, pairs) if p["output_1"] != p["output_2"]}
     redo = lambda record: args.retry_failed and record["preference"] is None
     records = with_progress(args.out, differ, work, redo)
@@ -446,9 +452,7 @@ def play_chain(job):
             given = {"variant": variant, "model": str(model), "out": str(part), "device": "cpu"}
             if start == "grpo-base":
                 given["judge"] = str(folder / "toy")
-            _, rows = lsp.train(lsp.complete({**given, "seed": seed, "iterations": iterations}))
-            if len(rows) < iterations:
-                sys.exit(1)  # asked to stop
+            lsp.train(lsp.complete({**given, "seed": seed, "iterations": iterations}))
             os.replace(part, folder / name)
     return len(names)
 
@@ -618,11 +622,17 @@ FLOPS = {**flop_counter.flop_registry,  # FlopCounterMode's formulas, and two th
 
 class Trace(_python_dispatch.TorchDispatchMode):
     """Counts what torch does: `now`, the bytes of all live tensors, and for every pass a Counter in
-    `work`: peak bytes, flops, bytes read (of what was there before, each once) and launches, the
-    operations that do not only view. What kernels use inside is not in it."""
+    `work`: peak bytes, and of the operations that do not only view (`launches`, each with its own
+    pair in `operations`) the flops and the bytes moved, read or written. What kernels use inside
+    is not in it."""
     def __init__(self):
         super().__init__()
-        self.sizes, self.unread, self.now, self.work = {}, set(), 0, [collections.Counter()]
+        self.sizes, self.now, self.work = {}, 0, []
+        self.begin("", 0)
+
+    def begin(self, phase, times):
+        self.work.append(collections.Counter(times=times, peak=self.now))
+        self.work[-1].phase, self.work[-1].operations = phase, collections.Counter()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result, kwargs, work = operation(*args, **(kwargs or {})), kwargs or {}, self.work[-1]
@@ -632,13 +642,12 @@ class Trace(_python_dispatch.TorchDispatchMode):
             self.now += storage.nbytes()
             weakref.finalize(storage, self.forget, key)
         work["peak"] = max(work["peak"], self.now)
-        work["launches"] += bool(new or operation._schema.is_mutable)
-        if packet in FLOPS:
-            work["flops"] += FLOPS[packet](*args, **kwargs, out_val=result)
-        if packet != aten.embedding:  # which reads a few lines of its table
-            read = self.unread & storages((args, kwargs)).keys()
-            work["read"] += sum(self.sizes[key] for key in read)
-            self.unread -= read
+        if new or operation._schema.is_mutable:
+            flops = FLOPS[packet](*args, **kwargs, out_val=result) if packet in FLOPS else 0
+            operands = [result] if packet == aten.embedding else [args, kwargs, result]
+            moved = sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors(operands))
+            work.update(flops=flops, moved=moved, launches=1)
+            work.operations[flops, moved] += 1
         return result
 
     def forget(self, key):
@@ -647,12 +656,14 @@ class Trace(_python_dispatch.TorchDispatchMode):
     def run(self, phase, times, do, *arguments):
         """Does once, in a phase, what an iteration does `times` times."""
         gc.collect()
-        self.work.append(collections.Counter(times=times, peak=self.now))
-        self.work[-1].phase, self.unread = phase, set(self.sizes)
+        self.begin(phase, times)
         return do(*arguments)
 
-def storages(tree, known=()):
-    found = [x.untyped_storage() for x in _pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
+def tensors(tree):
+    return [x for x in _pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+def storages(tree, known):
+    found = [x.untyped_storage() for x in tensors(tree)]
     return {storage._cdata: storage for storage in found if storage._cdata not in known}
 
 @torch.no_grad()
@@ -729,9 +740,10 @@ def trace_run(config):
     return resident, saved, trace.work[1:]
 
 def seconds(work, flops, bandwidth, launch):
-    """An iteration's, at so many FLOP/s, bytes/s and seconds a launch: a pass takes the longest."""
-    return sum(w["times"] * max(w["flops"] / flops, w["read"] / bandwidth, w["launches"] * launch)
-               for w in work)
+    """An iteration's, at so many FLOP/s and bytes/s: one operation after the other, and each takes
+    the longest of its arithmetic, its bytes and its launch."""
+    return sum(w["times"] * count * max(f / flops, b / bandwidth, launch)
+               for w in work for (f, b), count in w.operations.items())
 
 def measure(dtype):
     """This machine's FLOP/s in a matrix product, bytes/s in a matrix times a vector, of which
@@ -747,13 +759,15 @@ def measure(dtype):
 def show_work(resident, work):
     """Prints memory and work by phase."""
     always = ", ".join(f"{what} {size / GIB:.1f}" for what, size in resident.items())
-    print(f"GiB, always: {always}\nan iteration   peak GiB    TFLOP  GB read  launches")
+    print(f"GiB, always: {always}")
+    print("an iteration   peak GiB    TFLOP  TB moved  launches  of a decoding step or micro-batch")
     for phase in dict.fromkeys(w.phase for w in work):
         own = [w for w in work if w.phase == phase]
-        flops, read, launches = (sum(w["times"] * w[what] for w in own)
-                                 for what in ("flops", "read", "launches"))
-        peak = max(w["peak"] for w in own) / GIB
-        print(f"  {phase:12} {peak:8.1f} {flops / 1e12:8.1f} {read / 1e9:8.0f} {launches:9}")
+        flops, moved, launches = (sum(w["times"] * w[what] for w in own)
+                                  for what in ("flops", "moved", "launches"))
+        peak, step = max(w["peak"] for w in own) / GIB, max(own, key=lambda w: w["times"])
+        print(f"  {phase:12} {peak:8.1f} {flops / 1e12:8.1f} {moved / 1e12:9.2f} {launches:9} "
+              f"{step['launches']:9}")
 
 def show_cards(config, work, memory):
     """Prints whether it fits and how long it takes: on some cards, in `memory` GiB, and here."""

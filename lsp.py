@@ -37,7 +37,6 @@ import collections
 import copy
 import datetime
 import functools
-import hashlib
 import json
 import math
 import os
@@ -574,14 +573,11 @@ class RewardModel:
             chat = [{"role": role, "content": text} for role, text in chat]
             ids.append(encode_chat(self.tokenizer, chat, generation_prompt=False))
         for batch in batch_by_tokens([len(row) for row in ids], self.token_budget // 8, fill=0.5):
-            lengths = torch.tensor([len(ids[i]) for i in batch], device=device)
-            rows = [torch.tensor(ids[i], device=device) for i in batch]
-            rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            mask = (torch.arange(rows.shape[1], device=device) < lengths[:, None]).long()
-            out = self.model.base_model(input_ids=rows, attention_mask=mask, use_cache=False)
-            last = out.last_hidden_state[torch.arange(len(batch), device=device), lengths - 1]
-            for i, value in zip(batch, self.head(last.float())[:, 0].tolist()):
-                scores[i] = value
+            width = len(ids[batch[0]])  # padded on the right, where nothing that counts looks
+            rows = [ids[i] + [0] * (width - len(ids[i])) for i in batch]
+            out = self.model.base_model(torch.tensor(rows, device=device), use_cache=False)
+            for i, hidden in zip(batch, out.last_hidden_state):
+                scores[i] = self.head(hidden[len(ids[i]) - 1].float()).item()
         return scores
 
 def load_function(spec, flag):
@@ -833,7 +829,6 @@ def pick_dtype(name, device):
 
 # 9. Run folder: ranks, loading, checkpoints, logs ------------------------------------------------
 LOGS = ("metrics.jsonl", "plays.jsonl")
-SOURCES = ("model", "reward", "judge", "prompts")  # settings that name a file, a folder or an id
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -902,18 +897,6 @@ def load_model(name, device, dtype, flag="--model"):
     """(causal language model, tokenizer) of a Hugging Face id or folder."""
     return load(AutoModelForCausalLM, name, flag, device, dtype), load_tokenizer(name, flag)
 
-def digest(spec):
-    """SHA-256 of what a setting stands for: the contents of a file, of a FILE.py:FUNCTION or of a
-    folder (without a trainer's state), else its name."""
-    file, _, function = spec.rpartition(":")
-    path, parts = (Path(file), [function]) if file.endswith(".py") else (Path(spec), [])
-    paths = sorted(path.iterdir()) if path.is_dir() and spec not in ("", "toy") else [path]
-    for path in paths:
-        if path.is_file() and path.name != "trainer.pt":
-            with open(path, "rb") as contents:
-                parts.append(hashlib.file_digest(contents, "sha256").hexdigest())
-    return hashlib.sha256(json.dumps(parts or spec).encode()).hexdigest()
-
 def write_atomically(path, text):
     """Writes a file so that a kill leaves the old one or the new one."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
@@ -942,55 +925,45 @@ def open_folder(config):
         if any(folder.iterdir()):
             raise ValueError("is not empty; --resume goes on with a run, another --out starts one")
         settings = asdict(replace(config, out=str(folder))) | {"world_size": world_size()}
-        settings["digests"] = {name: digest(getattr(config, name)) for name in SOURCES}
         write_atomically(folder / "config.json", json.dumps(settings, indent=2))
     return str(folder)
 
 def resumed(given):
     """Config of the run in --out. Flags given again must say the same, but for how long and where
-    it runs; what SOURCES name may have moved, if the contents are the same."""
-    free = ("iterations", "save_every", "device", "resume", "out", "update_tokens", "sample_tokens")
-    path = Path(given.get("out") or "(left out)") / "config.json"
-    with blame(f"--resume: --out {path.parent} holds no run to go on with"):
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        ranks, digests = saved.pop("world_size"), dict(saved.pop("digests"))
-        config = Config(**{**saved, **given})
+    it runs. Its model is the run's own copy."""
+    free = {"iterations", "save_every", "device", "resume", "out", "update_tokens", "sample_tokens"}
+    folder = Path(given.get("out") or "(left out)")
+    with blame(f"--resume: --out {folder} holds no run to go on with"):
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        ranks, config = saved.pop("world_size"), Config(**{**saved, **given})
     check_config(config)
     if ranks != world_size():
-        raise UserError(f"--resume: {path.parent} has {ranks} processes, not {world_size()}")
-    for name in given:
-        if name not in (*free, *SOURCES) and given[name] != saved[name]:
+        raise UserError(f"--resume: {folder} has {ranks} processes, not {world_size()}")
+    for name in given.keys() - free:
+        if given[name] != saved[name]:
             raise UserError(f"--resume: {flag_name(name)} {given[name]}: the run has {saved[name]}")
-    for name in SOURCES:  # the model that is not given anew is the run's own copy
-        value = getattr(config, name)
-        if (name != "model" or name in given) and digest(value) != digests.get(name):
-            raise UserError(f"--resume: {flag_name(name)} {value}: is not what the run began with "
-                            f"({saved[name]}); put that back, or begin a new run")
-    return config
-
-def reference_name(config):
-    """Where the first model, the reference, is loaded from: the run's own copy if it has one."""
-    own = Path(config.out, "reference")
-    return str(own) if config.out and own.is_dir() else config.model
+    own = folder / "reference"
+    return replace(config, model=str(own)) if own.is_dir() else config
 
 def keep_reference(config):
-    """Copies a model that stands in a folder into the run, as another run may change or delete it;
-    makes the toy there."""
+    """Makes the toy, or copies the first model into the run, as others may change or delete it.
+    Returns the folder."""
     own, part = Path(config.out, "reference"), Path(config.out, "reference.tmp")
-    if own.is_dir() or not (config.model == "toy" or Path(config.model).is_dir()):
-        return
-    shutil.rmtree(part, ignore_errors=True)
-    if config.model == "toy":
-        make_toy(part, config.seed)
-    else:
-        shutil.copytree(config.model, part, ignore=shutil.ignore_patterns("trainer.pt"))
-    os.replace(part, own)
+    if not own.is_dir():
+        shutil.rmtree(part, ignore_errors=True)
+        if config.model == "toy":
+            make_toy(part, config.seed)
+        else:
+            dtype = pick_dtype(config.dtype, torch.device("cpu"))
+            for saved in load_model(config.model, torch.device("cpu"), dtype):
+                saved.save_pretrained(part)
+        os.replace(part, own)
+    return str(own)
 
 def save_checkpoint(folder, players, iteration):
     """Weights in Hugging Face format and trainer.pt beside them, written elsewhere and then put in
-    `checkpoint`'s place. A kill at any moment leaves a whole one: see find_checkpoint."""
-    final, new, old = (folder / f"checkpoint{end}" for end in ("", ".new", ".old"))
-    optimizer = players.optimizer
+    `checkpoint`'s place: a kill at any moment leaves a whole one."""
+    new, optimizer = folder / "checkpoint.new", players.optimizer
     shutil.rmtree(new, ignore_errors=True)
     with blame(f"--out {folder}: cannot save; make room, then go on with --resume"):
         players.model.save_pretrained(new)
@@ -1001,18 +974,15 @@ def save_checkpoint(folder, players, iteration):
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
     os.replace(new / "trainer.tmp", new / "trainer.pt")  # this marks it as whole
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(new, final)
-    shutil.rmtree(old, ignore_errors=True)
+    find_checkpoint(folder)
 
 def find_checkpoint(folder):
-    """A run's whole checkpoint, put in its place if a kill came between two renames; or None."""
-    final = folder / "checkpoint"
-    for other in (folder / "checkpoint.new", folder / "checkpoint.old"):
-        if not final.exists() and (other / "trainer.pt").is_file():
-            os.replace(other, final)
+    """A run's checkpoint, or None. Puts a new one in its place, also after a kill in between."""
+    final, new = folder / "checkpoint", folder / "checkpoint.new"
+    if (new / "trainer.pt").is_file():
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(new, final)
     return final if (final / "trainer.pt").is_file() else None
 
 def load_checkpoint(folder, optimizer):
@@ -1168,11 +1138,11 @@ def train(config):
     if not config.resume:
         config = replace(config, out=on_rank_0(open_folder, config))
     folder = Path(config.out).absolute()  # a reward function may change the working directory
-    with filelock.FileLock(folder / f"lock-{rank()}", timeout=0), stop_requests() as stop:
+    with filelock.FileLock(folder / f"lock-{rank()}", timeout=0):
         load_models(players, config)
         start = load_checkpoint(folder, players.optimizer)
         on_rank_0(check_disk, folder, players)
-        play_run(players, config, folder, start, stop)
+        play_run(players, config, folder, start)
         gather([])  # the other ranks wait until rank 0 has saved: what follows may read the folder
         return config, read_jsonl(folder / LOGS[0])
 
@@ -1183,17 +1153,16 @@ def invite(config):
         players.judge = load_function(config.judge, "--judge")
     if config.variant == "grpo" and config.prompts:
         players.prompts = read_prompts(config.prompts)
-    name = reference_name(config)
-    if is_toy(name):  # it brings its own reward and queries, and a measure that is held out
+    if is_toy(config.model):  # it brings its own reward and queries, and a measure that is held out
         players.probe = toy_probe
         players.reward = toy_reward if config.reward == "toy" else players.reward
         if config.variant == "grpo" and not config.prompts:
             players.prompts = toy_data(config.seed)[0]
     if config.variant == "grpo" and not players.prompts:
         raise UserError(f"--prompts {config.prompts or '(left out)'}: --variant grpo needs queries")
-    if name != "toy":
-        tokenizer = load_tokenizer(name)
-        arch = from_hub("--model", name, AutoConfig.from_pretrained)
+    if config.model != "toy":
+        tokenizer = load_tokenizer(config.model)
+        arch = from_hub("--model", config.model, AutoConfig.from_pretrained)
         for number, prompt in enumerate(players.prompts or [], 1):
             tokens = len(encode_query(tokenizer, prompt)) + config.max_answer_tokens
             check_length(f"--prompts {config.prompts}: entry {number}", tokens, arch)
@@ -1208,11 +1177,9 @@ def load_models(players, config):
     # OPEN: a model that was trained before is its own reference, and in LSP its own judge."""
     device, budget = pick_device(config.device), config.sample_tokens
     dtype = pick_dtype(config.dtype, device)
-    if config.model == "toy":
-        on_rank_0(keep_reference, config)
-    players.reference, players.tokenizer = load_model(reference_name(config), device, dtype)
+    own = on_rank_0(keep_reference, config)
+    players.reference, players.tokenizer = load_model(own, device, dtype)
     check_rows(players.reference, config.model)
-    on_rank_0(keep_reference, config)
     players.model = copy.deepcopy(players.reference)
     players.reference.requires_grad_(False)
     players.model.activation_checkpointing_enable()
@@ -1226,7 +1193,7 @@ def load_models(players, config):
             judge = load_model(config.judge, device, dtype, "--judge")
         players.judge = SelfReward(*judge, budget)
 
-def play_run(players, config, folder, start, stop):
+def play_run(players, config, folder, start):
     """Iterates over self_play: seeds, logs and shows each iteration, and saves on every way out."""
     iterations, optimizer = self_play(players, config, start), players.optimizer
     played, steps, saved, saved_at, strikes = start, optimizer.steps, start, time.monotonic(), 0
@@ -1250,36 +1217,17 @@ def play_run(players, config, folder, start, stop):
             if strikes == 3:
                 raise UserError(f"--lr {config.lr}: loss or gradient was not finite 3 times in a "
                                 f"row, at iteration {iteration}; the weights from before are saved")
-            show(bar, config, row, records)
+            show(bar, row)
             due = played % config.save_every == 0 or time.monotonic() - saved_at > 600
             if due and rank() == 0:
                 save_checkpoint(folder, players, played)
                 saved, saved_at = played, time.monotonic()
-            if played < config.iterations and all_reduce(torch.tensor(len(stop))) > 0:
-                say(f"stopped after iteration {played}; go on with: {resume(config)}")
-                break
     finally:  # whatever ended it: the weights are those of `played` but in the middle of a step
         if rank() == 0 and played > saved and optimizer.steps == steps:
             save_checkpoint(folder, players, played)
-
-@contextmanager
-def stop_requests():
-    """Ctrl-C and SIGTERM ask for a stop after the iteration, a second one for one at once. Yields a
-    list that is empty until then."""
-    asked = []
-
-    def ask(*_):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(True)
-        say("stopping after this iteration; once more stops at once, after the last iteration")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            saved = played
+        if played < config.iterations:
+            say(f"saved after {saved} iterations; go on with: {resume(config)}")
 
 def play_records(plays):
     """All ranks' plays (q, a, R, R_Q, V, V_Q) as plays.jsonl keeps them, one for each query."""
@@ -1315,34 +1263,31 @@ def metrics(players, plays, records, numbers):
         **(players.probe(players.model, tokenizer, queries) if players.probe else {}),
         **seconds}
 
-def show(bar, config, row, records):
-    """The numbers on the bar, and five times a run the play on which the Solver earned least."""
+def show(bar, row):
+    """The numbers that matter, on the bar."""
     names = {"R": "reward", "R_Q": "quality", "KL Sol": "kl_solver", "KL Ch": "kl_challenger",
              "accuracy": "accuracy"}
     shown = {short: row[name] for short, name in names.items() if row.get(name) is not None}
     bar.set_postfix_str(", ".join(f"{short} {value:.3g}" for short, value in shown.items()))
-    if (row["iteration"] + 1) % max(1, config.iterations // 5) == 0:
-        play = min(records, key=lambda record: record["V"])
-        text = f"{play['query'][:200]} -> {play['answers'][0][:200]}"
-        text = "".join(c if c.isprintable() else " " for c in text)
-        say(f"hardest of iteration {row['iteration']}, V {play['V']:.2f}: {text}")
 
 def report(config, rows):
     """The end: means over the first and the last tenth of the run, warnings, what is next."""
     tenth = max(1, len(rows) // 10)
-    names = "reward quality kl_solver kl_challenger accuracy valid distinct_queries flat_groups"
-    names = [name for name in names.split() if rows[-1].get(name) is not None]
-    before, after = ({name: sum(row[name] or 0 for row in part) / tenth for name in names}
-                     for part in (rows[:tenth], rows[-tenth:]))
+    first, last = rows[:tenth], rows[-tenth:]
+    mean = lambda part, name: sum(row.get(name) or 0 for row in part) / tenth
     say(f"\n{'':20} {'before':>9} {'after':>9}")
-    for name in names:
-        say(f"{name:20} {before[name]:9.3f} {after[name]:9.3f}")
+    for name in ("reward quality kl_solver kl_challenger accuracy valid distinct_queries "
+                 "flat_groups").split():
+        if any(row.get(name) for row in rows):
+            say(f"{name:20} {mean(first, name):9.3f} {mean(last, name):9.3f}")
     failed = sum(row["judge_failures"] for row in rows)
     if failed > len(rows) * config.num_queries * config.num_answers / 4:
         say(f"warning: {failed} grades could not be read: a weak judge; --judge names another")
-    if after["quality"] > before["quality"] and after["reward"] < before["reward"]:
+    rose = mean(last, "quality") > max(row["quality"] for row in first)
+    fell = mean(last, "reward") < min(row["reward"] for row in first)
+    if rose and fell:
         say("warning: R_Q rose while R fell: the players may have learned to please the judge")
-    if after["flat_groups"] > 0.5:
+    if mean(last, "flat_groups") > 0.5:
         say("warning: in most groups all answers earned the same: the Solver learned nothing there")
     out, reward = shlex.quote(config.out), shlex.quote(config.reward)
     say(f"\nmetrics.jsonl, plays.jsonl and checkpoint are in {out}; next:\n"
@@ -1417,12 +1362,11 @@ def main(argv=None):
     prepare()
     config, rows = train(resumed(given) if given.get("resume") else complete(given))
     report(config, rows)
-    if len(rows) < config.iterations:  # it was stopped: what a script does next must not begin
-        sys.exit(130)
 
 def run_main(main):
     """Runs a program; what the user can put right is one line and exit code 2."""
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # is a Ctrl-C: play_run saves
     try:
         main()
     except filelock.Timeout as error:
