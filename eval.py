@@ -14,6 +14,7 @@ done is in FILE.progress.jsonl, and they go on from there. OPENAI_API_KEY holds 
 
 import argparse
 import collections
+import functools
 import gc
 import hashlib
 import json
@@ -63,7 +64,7 @@ def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 def version(name):
-    """A model, or FILE.py:FUNCTION, with the times of its files: they may change, the name stays."""
+    """A model or FILE.py:FUNCTION with its files' times: they may change where the name stays."""
     path = Path(name.rpartition(":")[0] if ".py:" in name else name)
     files = [path] if path.is_file() else sorted(path.glob("*"))
     return [name, *(file.stat().st_mtime_ns for file in files)]
@@ -725,10 +726,11 @@ def trace_run(config):
             trace_sampling(trace, "queries", model, [box] * N, query, budget)
         copies = [chat for chat in chats for _ in range(G)]
         trace_sampling(trace, "answers", model, copies, answer, budget)
-        if reward:  # lsp.RewardModel, but that this has a KV cache
+        if reward:
             rows = min(N * G, max(1, budget // 8 // len(graded[0])))
+            read = functools.partial(reward.base_model, use_cache=False)
             with torch.no_grad():
-                trace.run("reward", math.ceil(N * G / rows), lsp.prefill, reward, graded[:rows])
+                trace.run("reward", math.ceil(N * G / rows), read, torch.tensor(graded[:rows]))
         if variant == "lsp" and judge:
             exchanges = [box + chat[TURN:] for chat in graded]
             trace_sampling(trace, "self-reward", judge, exchanges, lsp.JUDGE_TOKENS, budget)
@@ -806,8 +808,8 @@ def plan(args):
     show_cards(config, work, memory)
     out = Path(config.out or "runs").absolute()
     free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
-    print(f"disk: a checkpoint takes {saved / 1e9:.1f} GB, two while saving "
-          f"{2 * saved / 1e9:.1f}; {free / 1e9:.1f} are free at {out}")
+    print(f"disk: the reference takes {resident['reference'] / 1e9:.1f} GB, a checkpoint "
+          f"{saved / 1e9:.1f}, two while saving; {free / 1e9:.1f} are free at {out}")
 
 # 8. Command line ---------------------------------------------------------------------------------
 def flag(name, help, default=None, **options):

@@ -17,8 +17,8 @@ its grade, the self-reward R_Q, keeps the play out of nonsense. There is no trai
     python lsp.py --variant lsp                  with the self-reward R_Q (LSP)
     python lsp.py --variant grpo --prompts FILE  the baseline with data (GRPO): queries from a file
 
-On a GPU these play the largest game that fits: the paper's, Llama-3.2-3B-Instruct, from 75 GiB up.
-Without one they play a toy game with the same code in a minute. `--help` shows every flag.
+On a GPU these play the largest game that fits, for hours: the paper's, Llama-3.2-3B-Instruct, from
+44 GiB up. Without one, or with `--model toy`, they play a toy game with the same code in a minute.
 
     1 Algorithm 1   its formulas, then self_play()    7 update       one backward pass a role
     2 prompts       Box 1, Box 3, their parsers       8 settings     Config: every flag and default
@@ -46,6 +46,7 @@ import runpy
 import shlex
 import shutil
 import signal
+import statistics
 import sys
 import time
 from contextlib import contextmanager
@@ -73,8 +74,8 @@ def group_value(R):
     return R.mean(dim=1)
 
 def centred(rewards):
-    """Rewards less their mean over the last dimension; exactly 0 where all are the same, so also
-    for a group of one: taking the first off before the mean leaves no rounding dust."""
+    """Rewards less their mean over the last dimension. Subtracting the first reward beforehand
+    makes equal rewards give exactly 0."""
     shifted = rewards - rewards[..., :1]
     return shifted - shifted.mean(dim=-1, keepdim=True)
 
@@ -109,7 +110,7 @@ def policy_loss(log_probs, ref_log_probs, advantage, mask, beta, length_norm="me
     log_probs, ref_log_probs, mask: (S, T), a row a sampled completion, mask True on its tokens;
     advantage: (S,). num_sequences: S of the whole batch where the rows are only a part of it, so
     that the parts' losses add up to the batch's. Returns a scalar.
-    # OPEN: length_norm "mean" averages over a sequence's tokens, as TRL's GRPO of the time did.
+    # OPEN: length_norm "mean" averages over a sequence's tokens, as GRPO's paper does.
     "sum" has the gradient of the formula taken literally, where a sequence's log-probability is the
     sum of its tokens', though not its value; beta then weighs a sequence's KL, not a token's."""
     if length_norm not in ("mean", "sum"):
@@ -311,7 +312,7 @@ def phase(name, knob):
 @phase("sample", "sample_tokens")
 def write_queries(players, config, iteration):
     """Step 1: this rank's share of N queries, q_i ~ pi_Ch. In GRPO they are the file's, every one
-    once an epoch, in an order that the seed decides: there is nothing to save."""
+    once an epoch, in an order that the seed decides: a resumed run needs no saved place."""
     tokenizer, share = players.tokenizer, my_share(range(config.num_queries))
     if players.prompts is None:
         box_1 = encode_chat(tokenizer, challenger_messages(config.task, config.template))
@@ -474,13 +475,13 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, token_bud
     ends, lengths = eos_ids(model, tokenizer), [len(p) + max_new_tokens for p in prompts]
     check_length("a prompt", max(lengths, default=0), model.config)
     settings = dict(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0],
-                    do_sample=False, remove_invalid_values=True)  # of a NaN the update tells
+                    do_sample=False, remove_invalid_values=True)  # take_step tells of a NaN
     if temperature > 0:
         settings.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
                         repetition_penalty=1.0)
     settings = transformers.GenerationConfig(**settings)
     completions, own_defaults = [None] * len(prompts), model.generation_config
-    model.generation_config = transformers.GenerationConfig()  # its own would fill in the unsaid
+    model.generation_config = transformers.GenerationConfig()  # its own fills in what is not set
     try:
         for batch in batch_by_tokens(lengths, token_budget):
             ids, mask, cache = prefill(model, [prompts[i] for i in batch])
@@ -573,7 +574,7 @@ class RewardModel:
             chat = [{"role": role, "content": text} for role, text in chat]
             ids.append(encode_chat(self.tokenizer, chat, generation_prompt=False))
         for batch in batch_by_tokens([len(row) for row in ids], self.token_budget // 8, fill=0.5):
-            width = len(ids[batch[0]])  # padded on the right, where nothing that counts looks
+            width = len(ids[batch[0]])  # padded on the right, where no real token looks
             rows = [ids[i] + [0] * (width - len(ids[i])) for i in batch]
             out = self.model.base_model(torch.tensor(rows, device=device), use_cache=False)
             for i, hidden in zip(batch, out.last_hidden_state):
@@ -677,7 +678,7 @@ class AdamW:
     @torch.no_grad()
     def step(self, scale=1.0):
         """One step along the gradients times `scale`; frees them."""
-        done, self.steps = self.steps, self.steps + 1  # at once: play_run saves no half step
+        done, self.steps = self.steps, self.steps + 1  # first: see what play_run saves at the end
         for index, (p, state) in enumerate(zip(self.parameters, self.state)):
             if p.grad is None:  # a vision tower has none
                 continue
@@ -712,9 +713,9 @@ def flag(default, help, choices=None, least=None):
 @dataclass
 class Config:
     """Every flag, with the default of the paper's game; TOY and GAMES hold what others change.
-    # OPEN: the paper gives no N, G, beta, alpha_ch, lr or lengths. TRL's GRPO until version 0.18
-    (June 2025) had beta 0.04, G 8, lr 1e-6, 256 tokens an answer and 512 a prompt; from 0.21
-    (August 2025) on beta 0."""
+    # OPEN: the paper gives no N, G, beta, alpha_ch, lr or lengths. Beta, G and lr are those of
+    TRL's GRPO until version 0.18 (June 2025); its beta is 0 from 0.21 (August 2025) on. It cut off
+    an answer at 256 tokens and a prompt at 512; we give answers more, and queries less."""
     variant: str = flag("zero", "zero-sum, with R_Q, or from a file", ("zero", "lsp", "grpo"))
     model: str = flag("", "id, folder or `toy`; left out: the largest game that fits the GPU")
     reward: str = flag("Skywork/Skywork-Reward-V2-Llama-3.2-3B",
@@ -883,9 +884,10 @@ def load_tokenizer(name, flag="--model"):
 def load(auto_class, name, flag, device, dtype):
     """A model in evaluation mode, every dropout 0, so that what is sampled is what is scored."""
     config = from_hub(flag, name, AutoConfig.from_pretrained)
-    for key, value in list(vars(config).items()):
-        if "drop" in key and isinstance(value, float):
-            setattr(config, key, 0.0)
+    for part in (config, config.get_text_config()):
+        for key, value in list(vars(part).items()):
+            if "drop" in key and isinstance(value, float):
+                setattr(part, key, 0.0)
     model, info = from_hub(flag, name, auto_class.from_pretrained, config=config, dtype=dtype,
                            output_loading_info=True)
     if info["missing_keys"]:
@@ -924,9 +926,13 @@ def open_folder(config):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise ValueError("is not empty; --resume goes on with a run, another --out starts one")
-        settings = asdict(replace(config, out=str(folder))) | {"world_size": world_size()}
-        write_atomically(folder / "config.json", json.dumps(settings, indent=2))
+        write_settings(replace(config, out=str(folder)))
     return str(folder)
+
+def write_settings(config):
+    """config.json: what a run was begun with, or went on with the last time."""
+    settings = asdict(replace(config, resume=False)) | {"world_size": world_size()}
+    write_atomically(Path(config.out, "config.json"), json.dumps(settings, indent=2))
 
 def resumed(given):
     """Config of the run in --out. Flags given again must say the same, but for how long and where
@@ -936,12 +942,14 @@ def resumed(given):
     with blame(f"--resume: --out {folder} holds no run to go on with"):
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         ranks, config = saved.pop("world_size"), Config(**{**saved, **given})
-    check_config(config)
     if ranks != world_size():
         raise UserError(f"--resume: {folder} has {ranks} processes, not {world_size()}")
+    check_config(config)
     for name in given.keys() - free:
-        if given[name] != saved[name]:
-            raise UserError(f"--resume: {flag_name(name)} {given[name]}: the run has {saved[name]}")
+        if given[name] != saved.get(name):
+            raise UserError(f"--resume: {flag_name(name)} {given[name]}: the run has "
+                            f"{saved.get(name)}")
+    on_rank_0(write_settings, config)
     own = folder / "reference"
     return replace(config, model=str(own)) if own.is_dir() else config
 
@@ -955,8 +963,9 @@ def keep_reference(config):
             make_toy(part, config.seed)
         else:
             dtype = pick_dtype(config.dtype, torch.device("cpu"))
-            for saved in load_model(config.model, torch.device("cpu"), dtype):
-                saved.save_pretrained(part)
+            with blame(f"--out {config.out}: cannot keep a copy of --model"):
+                for saved in load_model(config.model, torch.device("cpu"), dtype):
+                    saved.save_pretrained(part)
         os.replace(part, own)
     return str(own)
 
@@ -964,40 +973,43 @@ def save_checkpoint(folder, players, iteration):
     """Weights in Hugging Face format and trainer.pt beside them, written elsewhere and then put in
     `checkpoint`'s place: a kill at any moment leaves a whole one."""
     new, optimizer = folder / "checkpoint.new", players.optimizer
-    shutil.rmtree(new, ignore_errors=True)
+    find_checkpoint(folder)
     with blame(f"--out {folder}: cannot save; make room, then go on with --resume"):
         players.model.save_pretrained(new)
         players.tokenizer.save_pretrained(new)
         trainer = {"iteration": iteration, "steps": optimizer.steps, "state": optimizer.state}
         torch.save(trainer, new / "trainer.tmp")
-        for path in [*new.iterdir(), *(folder / name for name in LOGS)]:
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+        for path in [*new.rglob("*"), *(folder / name for name in LOGS)]:
+            if path.is_file():
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
     os.replace(new / "trainer.tmp", new / "trainer.pt")  # this marks it as whole
     find_checkpoint(folder)
 
 def find_checkpoint(folder):
-    """A run's checkpoint, or None. Puts a new one in its place, also after a kill in between."""
+    """A run's checkpoint, or None. Puts a whole new one in its place, also where a kill came in
+    between, and clears away a part of one."""
     final, new = folder / "checkpoint", folder / "checkpoint.new"
     if (new / "trainer.pt").is_file():
         if final.exists():
             shutil.rmtree(final)
         os.replace(new, final)
+    shutil.rmtree(new, ignore_errors=True)
     return final if (final / "trainer.pt").is_file() else None
 
-def load_checkpoint(folder, optimizer):
+def load_checkpoint(folder, optimizer, save_every):
     """Takes weights, optimiser and logs back to the checkpoint. Returns its iteration; 0 in a run
-    that has not played yet."""
+    that has not saved yet."""
     found, start = on_rank_0(find_checkpoint, folder), 0
     if found:
         with blame(f"--resume: {found}; a new run can begin from its weights: --model {found}"):
             saved = torch.load(found / "trainer.pt", "cpu", weights_only=True, mmap=True)
             optimizer.restore(saved["steps"], saved["state"])
             start = saved["iteration"]
-    on_rank_0(restore_logs, folder, start)
+    on_rank_0(restore_logs, folder, start, save_every)
     return start
 
-def restore_logs(folder, start):
+def restore_logs(folder, start, save_every):
     """Drops what was logged after the checkpoint: it is played again."""
     for name in LOGS:
         (folder / name).touch()
@@ -1005,7 +1017,8 @@ def restore_logs(folder, start):
                    "changed: put it back, or begin a new run"):
             rows = read_jsonl(folder / name)
             kept = [row for row in rows if row["iteration"] < start]
-            if {row["iteration"] for row in kept} != set(range(start)) or (rows and not start):
+            lost = not start and any(row["iteration"] >= save_every for row in rows)
+            if {row["iteration"] for row in kept} != set(range(start)) or lost:
                 raise ValueError(f"iterations before {start} expected")
         write_atomically(folder / name, as_jsonl(kept))
 
@@ -1140,14 +1153,14 @@ def train(config):
     folder = Path(config.out).absolute()  # a reward function may change the working directory
     with filelock.FileLock(folder / f"lock-{rank()}", timeout=0):
         load_models(players, config)
-        start = load_checkpoint(folder, players.optimizer)
+        start = load_checkpoint(folder, players.optimizer, config.save_every)
         on_rank_0(check_disk, folder, players)
         play_run(players, config, folder, start)
         gather([])  # the other ranks wait until rank 0 has saved: what follows may read the folder
         return config, read_jsonl(folder / LOGS[0])
 
 def invite(config):
-    """The players before their models: what can be wrong is found here, where it can be."""
+    """The players without their models; finds what is wrong before these are loaded."""
     players = Players(load_function(config.reward, "--reward"), no_judge)
     if config.variant == "lsp":
         players.judge = load_function(config.judge, "--judge")
@@ -1222,7 +1235,7 @@ def play_run(players, config, folder, start):
             if due and rank() == 0:
                 save_checkpoint(folder, players, played)
                 saved, saved_at = played, time.monotonic()
-    finally:  # whatever ended it: the weights are those of `played` but in the middle of a step
+    finally:  # whatever ended it: saves, unless a step has begun since `played` was set
         if rank() == 0 and played > saved and optimizer.steps == steps:
             save_checkpoint(folder, players, played)
             saved = played
@@ -1274,7 +1287,9 @@ def report(config, rows):
     """The end: means over the first and the last tenth of the run, warnings, what is next."""
     tenth = max(1, len(rows) // 10)
     first, last = rows[:tenth], rows[-tenth:]
-    mean = lambda part, name: sum(row.get(name) or 0 for row in part) / tenth
+    mean = lambda part, name: statistics.mean(row.get(name) or 0 for row in part)
+    gain = lambda name: mean(last, name) - mean(first, name)
+    noise = lambda name: statistics.pstdev(row[name] for row in first)
     say(f"\n{'':20} {'before':>9} {'after':>9}")
     for name in ("reward quality kl_solver kl_challenger accuracy valid distinct_queries "
                  "flat_groups").split():
@@ -1283,9 +1298,7 @@ def report(config, rows):
     failed = sum(row["judge_failures"] for row in rows)
     if failed > len(rows) * config.num_queries * config.num_answers / 4:
         say(f"warning: {failed} grades could not be read: a weak judge; --judge names another")
-    rose = mean(last, "quality") > max(row["quality"] for row in first)
-    fell = mean(last, "reward") < min(row["reward"] for row in first)
-    if rose and fell:
+    if gain("quality") > noise("quality") and -gain("reward") > noise("reward"):
         say("warning: R_Q rose while R fell: the players may have learned to please the judge")
     if mean(last, "flat_groups") > 0.5:
         say("warning: in most groups all answers earned the same: the Solver learned nothing there")
@@ -1296,7 +1309,9 @@ def report(config, rows):
 
 def resume(config):
     """The command that goes on with a run."""
-    return f"python lsp.py --resume --out {shlex.quote(config.out)}"
+    ranks = world_size()
+    launcher = "python" if ranks == 1 else f"torchrun --nproc-per-node {ranks}"
+    return f"{launcher} lsp.py --resume --out {shlex.quote(config.out)}"
 
 def read_prompts(name):
     """The queries of a .txt file (one a line) or of Alpaca's .json or .jsonl (`instruction`, maybe

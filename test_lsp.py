@@ -1173,13 +1173,33 @@ def test_a_second_process_in_a_run_is_refused_with_a_clear_line(tmp_path, toy, c
     assert f"{tmp_path}/run" in line and "another process" in line
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
-def test_a_copy_of_a_run_without_its_checkpoint_is_refused_and_keeps_its_logs(tmp_path, bad):
-    whole, part = (shutil.copytree(bad / "run", tmp_path / name) for name in ("whole", "part"))
-    assert len(go_on(whole, iterations=3)) == 3
-    shutil.rmtree(part / "checkpoint")
-    before = {name: (part / name).read_bytes() for name in lsp.LOGS}
-    refused("--resume.*do not fit", go_on, part, iterations=3)
-    assert before == {name: (part / name).read_bytes() for name in lsp.LOGS}
+def test_a_run_that_lost_its_checkpoint_is_refused_and_keeps_its_logs(tmp_path, toy):
+    play(tmp_path / "run", toy, **{**TINY, "save_every": 1})
+    shutil.rmtree(tmp_path / "run/checkpoint")
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in lsp.LOGS}
+    refused("--resume.*do not fit", go_on, tmp_path / "run", iterations=3)
+    assert before == {name: (tmp_path / "run" / name).read_bytes() for name in lsp.LOGS}
+
+def test_a_run_that_a_kill_ended_before_its_first_save_begins_anew(tmp_path, toy, unbroken):
+    play(tmp_path / "run", toy, **{**SHORT, "save_every": 100, "iterations": 3})
+    shutil.rmtree(tmp_path / "run/checkpoint")
+    assert len(go_on(tmp_path / "run", iterations=6)) == 6
+    assert_same_run(tmp_path / "run", unbroken / "zero")
+
+def test_what_a_run_goes_on_with_is_kept_for_the_next_time(tmp_path, toy):
+    play(tmp_path / "run", toy, **TINY)
+    before = json.loads((tmp_path / "run/config.json").read_text())
+    go_on(tmp_path / "run", iterations=3, update_tokens=12)
+    after = json.loads((tmp_path / "run/config.json").read_text())
+    assert after == {**before, "iterations": 3, "update_tokens": 12} and before["model"] == str(toy)
+
+def test_a_part_of_a_checkpoint_is_cleared_away_and_a_whole_one_never(tmp_path, bad):
+    run = shutil.copytree(bad / "run", tmp_path / "run")
+    shutil.copytree(run / "checkpoint", run / "checkpoint.new")
+    (run / "checkpoint/config.json").unlink()  # a kill while the new one took its place
+    assert lsp.find_checkpoint(run) and (run / "checkpoint/config.json").exists()
+    (run / "checkpoint.new").mkdir()
+    assert lsp.find_checkpoint(run) == run / "checkpoint" and not (run / "checkpoint.new").exists()
 
 @cases("name", lsp.LOGS)
 @cases("edit, says", [(lambda text: None, "do not fit"), (lambda text: "", "do not fit"), (lambda text: "{\n"
