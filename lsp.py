@@ -1017,8 +1017,9 @@ def restore_logs(folder, start, save_every):
                    "changed: put it back, or begin a new run"):
             rows = read_jsonl(folder / name)
             kept = [row for row in rows if row["iteration"] < start]
-            lost = not start and any(row["iteration"] >= save_every for row in rows)
-            if {row["iteration"] for row in kept} != set(range(start)) or lost:
+            played = max((row["iteration"] + 1 for row in rows), default=0)
+            saved = played > save_every or (folder / "checkpoint").exists()
+            if {row["iteration"] for row in kept} != set(range(start)) or (saved and not start):
                 raise ValueError(f"iterations before {start} expected")
         write_atomically(folder / name, as_jsonl(kept))
 
