@@ -808,9 +808,8 @@ def plan(args):
     show_cards(config, work, memory)
     out = Path(config.out or "runs").absolute()
     free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
-    reference = resident["reference"]
-    print(f"disk: {reference / 1e9:.1f} GB for the reference, {saved / 1e9:.1f} GB for a checkpoint, "
-          f"of which there are two while saving; {free / 1e9:.1f} GB are free at {out}")
+    print(f"disk: {resident['reference'] / 1e9:.1f} GB for the reference, {saved / 1e9:.1f} GB for "
+          f"a checkpoint, two while saving; {free / 1e9:.1f} GB are free at {out}")
 
 # 8. Command line ---------------------------------------------------------------------------------
 def flag(name, help, default=None, **options):
