@@ -22,14 +22,12 @@ On a GPU these play the largest game that fits, for hours: the paper's, Llama-3.
 
     1 Algorithm 1   its formulas, then self_play()    7 update       one backward pass a role
     2 prompts       Box 1, Box 3, their parsers       8 settings     Config: every flag and default
-    3 players       steps 1 to 3                      9 run folder   checkpoints, logs, resume
+    3 players       steps 1 to 3                      9 run folder   ranks, checkpoints, resume
     4 rows          log-probabilities of a group     10 toy game     the paper on a laptop
     5 sampler       Hugging Face generate            11 command line
     6 rewards       reward models, the judge
 
-What the paper leaves open is marked `# OPEN:` where it is decided: the scale of R + R_Q, the KL's
-estimator, the length normalisation, Box 3's criteria, what is played of a reply, sampling, how the
-judge's reply begins, clipping, the numbers in Config, and the reference of an RL model.
+What the paper leaves open is marked `# OPEN:` where it is decided.
 """
 
 import argparse
@@ -46,7 +44,6 @@ import runpy
 import shlex
 import shutil
 import signal
-import statistics
 import sys
 import time
 from contextlib import contextmanager
@@ -58,7 +55,7 @@ import tokenizers
 import torch
 import torch.distributed as dist
 import transformers
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import snapshot_download
 from torch.nn.functional import cross_entropy
 from torch.optim.adamw import adamw
 from torch.utils.checkpoint import checkpoint
@@ -174,6 +171,14 @@ class Players:
     prompts: list[str] | None = None  # GRPO: the file's queries; else the Challenger writes them
     probe: object = None              # (model, tokenizer, queries) -> more numbers for the log
     seconds: collections.Counter = field(default_factory=collections.Counter)  # by phase
+    phase: str = ""
+    since: float = 0.0
+
+    def enter(self, phase):
+        """Stops the clock of the phase before and starts this one's."""
+        now = time.perf_counter()
+        self.seconds[self.phase] += now - self.since
+        self.phase, self.since = phase, now
 
 class UserError(Exception):
     """What the user can put right, in a line that names the flag or file at fault. Exit code 2."""
@@ -267,13 +272,9 @@ def render_chat(tokenizer, messages, generation_prompt=True):
     text: a space after its first character keeps the tokenizer from reading it as a marker."""
     added = tokenizer.added_tokens_decoder.values()
     markers = [token.content for token in added if token.special and len(token.content) > 1]
-    pattern = "|".join(re.escape(marker) for marker in sorted(markers, key=len, reverse=True))
-    shown = []
-    for message in messages:
-        content = message["content"] or EMPTY
-        if pattern:
-            content = re.sub(pattern, lambda hit: hit[0][0] + " " + hit[0][1:], content)
-        shown.append({**message, "content": content})
+    pattern = "|".join(map(re.escape, sorted(markers, key=len, reverse=True))) or "(?!)"
+    defuse = lambda text: re.sub(pattern, lambda hit: hit[0][0] + " " + hit[0][1:], text or EMPTY)
+    shown = [{**message, "content": defuse(message["content"])} for message in messages]
     return tokenizer.apply_chat_template(
         shown, chat_template=FIXED_DATE + tokenizer.get_chat_template(), tokenize=False,
         add_generation_prompt=generation_prompt, enable_thinking=False)
@@ -292,27 +293,10 @@ def decode(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 # 3. Players: steps 1 to 3 ------------------------------------------------------------------------
-def phase(name, knob):
-    """Decorates a function of the players: adds its time to players.seconds[name], and names the
-    setting `knob` as the one to lower where the GPU's memory runs out."""
-    def decorate(function):
-        @functools.wraps(function)
-        def timed(players, config, *arguments):
-            begin = time.perf_counter()
-            try:
-                return function(players, config, *arguments)
-            except torch.OutOfMemoryError as error:
-                raise UserError(f"out of GPU memory ({name}): go on with a lower {flag_name(knob)} "
-                                f"than {getattr(config, knob)}: {resume(config)}") from error
-            finally:
-                players.seconds[name] += time.perf_counter() - begin
-        return timed
-    return decorate
-
-@phase("sample", "sample_tokens")
 def write_queries(players, config, iteration):
-    """Step 1: this rank's share of N queries, q_i ~ pi_Ch. In GRPO they are the file's, every one
-    once an epoch, in an order that the seed decides: a resumed run needs no saved place."""
+    """Step 1: this rank's share of N queries, q_i ~ pi_Ch. In GRPO they are the next of the file,
+    over and over: the iteration tells the place, so that a resumed run needs no other."""
+    players.enter("sample")
     tokenizer, share = players.tokenizer, my_share(range(config.num_queries))
     if players.prompts is None:
         box_1 = encode_chat(tokenizer, challenger_messages(config.task, config.template))
@@ -320,28 +304,24 @@ def write_queries(players, config, iteration):
                          config.temperature, config.sample_tokens)
         texts = [parse_query(decode(tokenizer, ids), config.template) for ids in replies]
         return Group(box_1, replies, texts)
-    size = len(players.prompts)
-    places = [divmod(iteration * config.num_queries + i, size) for i in share]  # (epoch, place)
-    orders = {epoch: random.Random(f"{config.seed}/{epoch}").sample(players.prompts, size)
-              for epoch in {epoch for epoch, _ in places}}
-    return Group([], [], [orders[epoch][place] for epoch, place in places])
+    prompts, first = players.prompts, iteration * config.num_queries
+    return Group([], [], [prompts[(first + i) % len(prompts)] for i in share])
 
-@phase("sample", "sample_tokens")
 def write_answers(players, config, queries):
     """Step 2: G answers to each of this rank's queries, a_i^j ~ pi_Sol. A list of Groups."""
+    players.enter("sample")
     tokenizer, G = players.tokenizer, config.num_answers
     prompts = [encode_query(tokenizer, query) for query in queries.texts]
     copies = [prompt for prompt in prompts for _ in range(G)]
     answers = sample(players.model, tokenizer, copies, config.max_answer_tokens,
                      config.temperature, config.sample_tokens)
-    groups = [Group(prompt, answers[i * G:(i + 1) * G]) for i, prompt in enumerate(prompts)]
-    for group in groups:
-        group.texts = [decode(tokenizer, ids) for ids in group.completions]
-    return groups
+    texts = [decode(tokenizer, ids) for ids in answers]
+    return [Group(prompt, answers[i * G:(i + 1) * G], texts[i * G:(i + 1) * G])
+            for i, prompt in enumerate(prompts)]
 
-@phase("reward", "sample_tokens")
 def score(players, config, reward, queries, answers):
     """Step 3: what a reward gives for all ranks' queries and answers. (N, G), fp64"""
+    players.enter("reward")
     prompts = [query for query, group in zip(queries.texts, answers) for _ in group.texts]
     completions = [text for group in answers for text in group.texts]
     values = gather(call_reward(reward, prompts, completions))
@@ -429,13 +409,12 @@ def completion_log_probs(model, rows, temperature=1.0):
 def check_rows(model, name):
     """Refuses a model that does not follow a row's mask and positions: rows must agree with its own
     plain pass. In fp32: in bf16 two attention kernels alone may differ by half a nat."""
-    prompt, completions = [5, 6, 7, 8], [[9, 10, 11], [12, 13, 14]]
-    group = Group(prompt, completions, [], [0.0, 0.0])
+    group = Group([5, 6, 7, 8], [[9, 10, 11], [12, 13, 14]], [], [0.0, 0.0])
     with blame(f"--model {name}: cannot be trained here"):
         exact = copy.deepcopy(model).float()
-        ids = torch.tensor([prompt + completion for completion in completions], device=model.device)
-        plain = exact(input_ids=ids).logits[:, len(prompt) - 1:-1].log_softmax(-1)
-        plain = plain.gather(2, ids[:, len(prompt):, None])[:, :, 0]
+        ids = torch.tensor([group.prompt + c for c in group.completions], device=model.device)
+        plain = exact(input_ids=ids).logits.log_softmax(-1)[:, 3:-1]  # from the prompt's last on
+        plain = plain.gather(2, ids[:, 4:, None]).squeeze(2)
         rows = lay_out([group], exact.dtype, model.device)
         off = (completion_log_probs(exact, rows) - plain).abs().max().item()
         if not off < 1e-3:
@@ -556,29 +535,25 @@ class RewardModel:
     """R from a Hugging Face sequence classifier with one label, a decoder: it reads the exchange
     through its own chat template, and its head scores the last token."""
 
-    def __init__(self, name, device, dtype, token_budget=SAMPLE_TOKENS):
-        self.__name__, self.token_budget = str(name), token_budget
-        self.tokenizer = load_tokenizer(name, "--reward")
-        auto_class = transformers.AutoModelForSequenceClassification
-        self.model = load(auto_class, name, "--reward", device, dtype)
+    def __init__(self, name, device, dtype):
+        self.__name__ = str(name)
+        self.model, self.tokenizer = load_model(
+            name, device, dtype, "--reward", transformers.AutoModelForSequenceClassification)
         if self.model.config.num_labels != 1 or not hasattr(self.model, "score"):
-            raise UserError(f"--reward {name}: has {self.model.config.num_labels} labels; a reward "
-                            "model is a decoder with one, and a head named `score`")
+            raise UserError(f"--reward {name}: not a decoder with one label and a head `score`")
         self.head = self.model.score.float()  # bf16 has steps of 0.125 above 16
 
     @torch.no_grad()
     def __call__(self, prompts, completions, **_):
-        ids, scores, device = [], [0.0] * len(prompts), self.model.device
+        """One exchange at a time: hundreds of tokens keep a GPU busy, and nothing is padded."""
+        scores = []
         for p, c in zip(prompts, completions):
-            chat = [("user", as_text(p)), ("assistant", as_text(c))]
-            chat = [{"role": role, "content": text} for role, text in chat]
-            ids.append(encode_chat(self.tokenizer, chat, generation_prompt=False))
-        for batch in batch_by_tokens([len(row) for row in ids], self.token_budget // 8, fill=0.5):
-            width = len(ids[batch[0]])  # padded on the right, where no real token looks
-            rows = [ids[i] + [0] * (width - len(ids[i])) for i in batch]
-            out = self.model.base_model(torch.tensor(rows, device=device), use_cache=False)
-            for i, hidden in zip(batch, out.last_hidden_state):
-                scores[i] = self.head(hidden[len(ids[i]) - 1].float()).item()
+            chat = [{"role": "user", "content": as_text(p)},
+                    {"role": "assistant", "content": as_text(c)}]
+            ids = encode_chat(self.tokenizer, chat, generation_prompt=False)
+            ids = torch.tensor([ids], device=self.model.device)
+            hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
+            scores.append(self.head(hidden[0, -1].float()).item())
         return scores
 
 def load_function(spec, flag):
@@ -607,12 +582,12 @@ def call_reward(reward, prompts, completions):
 # 7. Update: one backward pass a role, one step ---------------------------------------------------
 MAX_NORM = 1.0  # OPEN: the gradient is clipped at this norm, as TRL's trainers did
 
-@phase("update", "update_tokens")
 def add_gradient(players, config, groups, advantages, weight=1.0):
     """Step 5 for one role: adds the gradient of weight * L to the model's. Returns its loss, KL and
     entropy over all ranks, the latter two in nats a token, means over the sampled tokens.
     groups: this rank's; advantages: all ranks', (N, G) the Solver's or (N,) the Challenger's. The
     loss divides by their number, so neither micro-batches nor ranks change the gradient."""
+    players.enter("update")
     model, parts = players.model, []
     own = my_share(advantages).view(len(groups), -1).tolist()
     for group, advantage in zip(groups, own):  # a group that is long is cut into several rows
@@ -637,7 +612,6 @@ def add_gradient(players, config, groups, advantages, weight=1.0):
     loss, kl, log_prob, tokens = all_reduce(sums).tolist()
     return {"loss": loss, "kl": kl / tokens, "entropy": -log_prob / tokens}
 
-@phase("update", "update_tokens")
 def take_step(players, config, solver, challenger):
     """Step 5: one step down the gradient of L_Sol + alpha_Ch L_Ch. Returns numbers for the log."""
     optimizer = players.optimizer
@@ -652,9 +626,8 @@ def take_step(players, config, solver, challenger):
     numbers = {"loss": loss, "grad_norm": norm, "skipped": int(skipped)}
     for name in ("kl", "entropy"):
         numbers[f"{name}_solver"] = solver[name]
-        numbers[f"{name}_challenger"] = challenger.get(name)
-    return {name: value if value is None or math.isfinite(value) else None  # JSON has no NaN
-            for name, value in numbers.items()}
+        numbers[f"{name}_challenger"] = challenger.get(name, math.nan)
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 def stochastic_round(x, generator=None):
     """fp32 -> bf16, up or down with the probabilities that make the result right on average."""
@@ -668,12 +641,11 @@ class AdamW:
     stochastically, so that small steps are taken now and then instead of never."""
 
     def __init__(self, parameters, lr, bits=32, seed=0):
-        self.parameters, self.lr, self.bits, self.seed = list(parameters), lr, bits, seed
-        self.steps, dtype = 0, torch.float32 if bits == 32 else torch.bfloat16
-        self.state = []  # (weight, m, v) of each parameter; fp32 weights are the parameter itself
-        for p in self.parameters:
-            zeros = torch.zeros_like(p, dtype=dtype)
-            self.state.append((p.detach().to(dtype), zeros, zeros.clone()))
+        self.parameters, self.lr, self.seed, self.steps = list(parameters), lr, seed, 0
+        dtype = torch.float32 if bits == 32 else torch.bfloat16
+        # (weight, m, v) of each parameter; a weight of that dtype is the parameter itself
+        self.state = [(p.detach().to(dtype), torch.zeros_like(p, dtype=dtype),
+                       torch.zeros_like(p, dtype=dtype)) for p in self.parameters]
 
     @torch.no_grad()
     def step(self, scale=1.0):
@@ -691,7 +663,7 @@ class AdamW:
                 adamw([w], [grad.float() * scale], [m], [v], [], [step], lr=self.lr, beta1=0.9,
                       beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False,
                       fused=True)
-                if self.bits == 16:
+                if w is not stored[0]:  # bf16
                     for x, new in zip(stored, (w, m, v)):
                         x.copy_(stochastic_round(new, generator))
             p.copy_(state[0])
@@ -762,6 +734,13 @@ GAMES = [  # (a GPU of at least so many GiB, what the game changes); `eval.py pl
 def flag_name(name):
     return "--" + name.replace("_", "-")
 
+def pick_device(device="", dtype=""):
+    """A torch device, cuda where there is one, and a dtype: bfloat16 there, float32 on a CPU."""
+    with blame(f"--device {device}"):
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.empty(0, device=device or default).device
+    return device, getattr(torch, dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+
 def pick_game(model, device):
     """The largest game that fits the GPU, or that of a model which was named; {} where the model
     has none. Says which it is, why, and how to choose another."""
@@ -769,28 +748,26 @@ def pick_game(model, device):
     gib = torch.cuda.get_device_properties(device).total_memory / 2**30 if cuda else 0
     for least, game in GAMES:
         if gib >= least and model in ("", game["model"]):
-            why = "no GPU that torch sees"
-            if cuda:
-                why = f"it is for {least} GiB and more, the GPU has {gib:.0f}"
+            why = f"it is for {least} GiB and more, the GPU has {gib:.0f}"
             if not model:
-                say(f"game: {game['model']} ({why}); --model chooses another")
+                say(f"game: {game['model']} ({why if cuda else 'no GPU that torch sees'}); "
+                    "--model chooses another")
             return game
     return TOY if is_toy(model) else {}
-
-def complete(given):
-    """A new run's Config: the flags that were given, then the game's defaults, then Config's."""
-    device = pick_device(given.get("device", ""))
-    game = pick_game(given.get("model", ""), device)
-    config = Config(**{**game, **given, "model": given.get("model") or game["model"]})
-    dtype = pick_dtype(config.dtype, device)
-    config = replace(config, dtype=str(dtype).removeprefix("torch."))
-    check_config(config)
-    return config
 
 def is_toy(model):
     """Whether a model is the toy, or a checkpoint of a run that began with it."""
     arch = None if model == "toy" else from_hub("--model", model, AutoConfig.from_pretrained)
     return arch is None or getattr(arch, "game", None) == "toy"
+
+def complete(given):
+    """A new run's Config: the flags that were given, then the game's defaults, then Config's."""
+    device, dtype = pick_device(given.get("device", ""), given.get("dtype", ""))
+    game = pick_game(given.get("model", ""), device)
+    model, dtype = given.get("model") or game["model"], str(dtype).removeprefix("torch.")
+    config = Config(**{**game, **given, "model": model, "dtype": dtype})
+    check_config(config)
+    return config
 
 def check_config(config):
     """Refuses what cannot work, before anything is loaded."""
@@ -799,37 +776,27 @@ def check_config(config):
 
     for f in fields(config):
         value, least, choices = getattr(config, f.name), f.metadata["least"], f.metadata["choices"]
-        if type(value) is not f.type and not (f.type is float and type(value) is int):
-            refuse(f.name, f"{f.type.__name__} expected")
         if least is not None and not least <= value < 2**63:
             refuse(f.name, f"out of range, at least {least}: {f.metadata['help']}")
         if choices and value not in choices:
             refuse(f.name, f"choose from {choices}")
+    for name, variant in (("prompts", "grpo"), ("judge", "lsp")):
+        if getattr(config, name) and config.variant != variant:
+            refuse(name, f"only --variant {variant} has a use for it")
     if config.num_queries == 1 and config.variant != "grpo":
         refuse("num_queries", "a query alone is its own mean, the Challenger would learn nothing")
     if config.num_queries % world_size():
         refuse("num_queries", f"must be a multiple of the {world_size()} processes")
-    if config.prompts and config.variant != "grpo":
-        refuse("prompts", "only --variant grpo has a use for it; self-play writes its own")
-    if config.judge and config.variant != "lsp":
-        refuse("judge", "only --variant lsp has a use for it")
     if config.template.count("{input}") != 1:
         refuse("template", "needs one {input}, for the query")
     if config.optimizer_bits == 16 and config.dtype != "bfloat16":
         refuse("optimizer_bits", "goes with --dtype bfloat16")
-
-def pick_device(name=""):
-    """A torch device by name; left out: cuda where there is one."""
-    with blame(f"--device {name}"):
-        default = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.empty(0, device=name or default).device
-
-def pick_dtype(name, device):
-    """A torch dtype by name; left out: bfloat16 on a GPU and float32 on a CPU."""
-    return getattr(torch, name or ("float32" if device.type == "cpu" else "bfloat16"))
+    if not config.resume and config.out and Path(config.out).is_dir() and os.listdir(config.out):
+        refuse("out", "is not empty; --resume goes on with a run, another --out starts one")
 
 # 9. Run folder: ranks, loading, checkpoints, logs ------------------------------------------------
 LOGS = ("metrics.jsonl", "plays.jsonl")
+ON_THE_BAR = ("reward", "quality", "kl_solver", "kl_challenger", "accuracy")
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -845,22 +812,15 @@ def my_share(items):
 def all_reduce(tensor):
     """The tensor's sum over the ranks, in place."""
     if world_size() > 1:
-        here = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(here)
-        tensor.copy_(here)
+        dist.all_reduce(tensor)
     return tensor
 
 def gather(items):
-    """The ranks' lists as one, in rank order, on every rank."""
+    """The ranks' lists as one, in rank order, on every rank: each waits for all."""
     lists = [items] * world_size()
     if world_size() > 1:
         dist.all_gather_object(lists, items)
-    return [item for part in lists for item in part]
-
-def on_rank_0(work, *arguments):
-    """What work(...) returns on rank 0, on every rank: the others wait for it."""
-    result = work(*arguments) if rank() == 0 else None
-    return gather([result])[0]
+    return sum(lists, [])
 
 def say(text):
     if rank() == 0:
@@ -875,15 +835,16 @@ def from_hub(flag, name, load, **options):
 
 def load_tokenizer(name, flag="--model"):
     """A tokenizer whose chat template shows what is said."""
-    tokenizer, text = from_hub(flag, name, AutoTokenizer.from_pretrained), "1234567"
+    tokenizer = from_hub(flag, name, AutoTokenizer.from_pretrained)
     with blame(f"{flag} {name}: no chat template that works; use an instruction-tuned model"):
-        if text not in render_chat(tokenizer, [{"role": "user", "content": text}]):
+        if "1234567" not in render_chat(tokenizer, [{"role": "user", "content": "1234567"}]):
             raise ValueError("it leaves out the text of a message")
     return tokenizer
 
-def load(auto_class, name, flag, device, dtype):
-    """A model in evaluation mode, every dropout 0, so that what is sampled is what is scored."""
-    config = from_hub(flag, name, AutoConfig.from_pretrained)
+def load_model(name, device, dtype, flag="--model", auto_class=AutoModelForCausalLM):
+    """(model, tokenizer) of a Hugging Face id or folder. The model is in evaluation mode, every
+    dropout 0, so that what is sampled is what is scored."""
+    tokenizer, config = load_tokenizer(name, flag), from_hub(flag, name, AutoConfig.from_pretrained)
     for part in (config, config.get_text_config()):
         for key, value in list(vars(part).items()):
             if "drop" in key and isinstance(value, float):
@@ -893,19 +854,20 @@ def load(auto_class, name, flag, device, dtype):
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise UserError(f"{flag} {name}: no weights for {missing}; not a {auto_class.__name__}?")
-    return model.to(device).eval()
+    return model.to(device).eval(), tokenizer
 
-def load_model(name, device, dtype, flag="--model"):
-    """(causal language model, tokenizer) of a Hugging Face id or folder."""
-    return load(AutoModelForCausalLM, name, flag, device, dtype), load_tokenizer(name, flag)
+def flush(path):
+    """Waits until a file is on the disk; makes it if there is none. Returns its size in bytes."""
+    with open(path, "ab") as file:
+        os.fsync(file.fileno())
+        return file.tell()
 
 def write_atomically(path, text):
     """Writes a file so that a kill leaves the old one or the new one."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    part = Path(f"{path}.part")
+    part.write_text(text, encoding="utf-8")
+    flush(part)
+    os.replace(part, path)
 
 def read_jsonl(path):
     """The rows of a .jsonl file; a last line that a kill cut off is left out."""
@@ -918,110 +880,76 @@ def read_jsonl(path):
 def as_jsonl(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-def open_folder(config):
-    """Makes a new run's folder, never one that holds something, and returns its name."""
-    names = (f"runs/{config.variant}" + (f"-{n}" if n > 1 else "") for n in range(1, 10**6))
-    folder = Path(config.out or next(name for name in names if not Path(name).exists()))
-    with blame(f"--out {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise ValueError("is not empty; --resume goes on with a run, another --out starts one")
-        write_settings(replace(config, out=str(folder)))
-    return str(folder)
-
-def write_settings(config):
-    """config.json: what a run was begun with, or went on with the last time."""
-    settings = asdict(replace(config, resume=False)) | {"world_size": world_size()}
-    write_atomically(Path(config.out, "config.json"), json.dumps(settings, indent=2))
-
 def resumed(given):
-    """Config of the run in --out. Flags given again must say the same, but for how long and where
-    it runs. Its model is the run's own copy."""
+    """Config of the run in --out. Only where and how long it runs may change."""
     free = {"iterations", "save_every", "device", "resume", "out", "update_tokens", "sample_tokens"}
     folder = Path(given.get("out") or "(left out)")
     with blame(f"--resume: --out {folder} holds no run to go on with"):
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         ranks, config = saved.pop("world_size"), Config(**{**saved, **given})
+        check_config(config)
     if ranks != world_size():
         raise UserError(f"--resume: {folder} has {ranks} processes, not {world_size()}")
-    check_config(config)
     for name in given.keys() - free:
-        if given[name] != saved.get(name):
-            raise UserError(f"--resume: {flag_name(name)} {given[name]}: the run has "
-                            f"{saved.get(name)}")
-    on_rank_0(write_settings, config)
-    own = folder / "reference"
-    return replace(config, model=str(own)) if own.is_dir() else config
+        if given[name] != saved[name]:
+            raise UserError(f"--resume: {flag_name(name)} {given[name]}: the run has {saved[name]}")
+    return config
 
-def keep_reference(config):
-    """Makes the toy, or copies the first model into the run, as others may change or delete it.
-    Returns the folder."""
-    own, part = Path(config.out, "reference"), Path(config.out, "reference.tmp")
-    if not own.is_dir():
+def open_folder(config):
+    """The folder of a run: an old one, or a new one that is never one that holds something."""
+    names = (f"runs/{config.variant}" + (f"-{n}" if n > 1 else "") for n in range(1, 10**6))
+    folder = config.out or next(name for name in names if not Path(name).exists())
+    with blame(f"--out {folder}"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    settings = asdict(replace(config, out=folder, resume=False)) | {"world_size": world_size()}
+    write_atomically(Path(folder, "config.json"), json.dumps(settings, indent=2))
+    return folder
+
+def keep_reference(folder, players):
+    """Copies the first model into the run, as others may change or delete it."""
+    own, part = folder / "reference", folder / "reference.part"
+    if not own.exists():
         shutil.rmtree(part, ignore_errors=True)
-        if config.model == "toy":
-            make_toy(part, config.seed)
-        else:
-            dtype = pick_dtype(config.dtype, torch.device("cpu"))
-            with blame(f"--out {config.out}: cannot keep a copy of --model"):
-                for saved in load_model(config.model, torch.device("cpu"), dtype):
-                    saved.save_pretrained(part)
+        players.reference.save_pretrained(part)
+        players.tokenizer.save_pretrained(part)
         os.replace(part, own)
-    return str(own)
 
 def save_checkpoint(folder, players, iteration):
     """Weights in Hugging Face format and trainer.pt beside them, written elsewhere and then put in
     `checkpoint`'s place: a kill at any moment leaves a whole one."""
-    new, optimizer = folder / "checkpoint.new", players.optimizer
-    find_checkpoint(folder)
+    part, optimizer = folder / "checkpoint.part", players.optimizer
+    shutil.rmtree(part, ignore_errors=True)
     with blame(f"--out {folder}: cannot save; make room, then go on with --resume"):
-        players.model.save_pretrained(new)
-        players.tokenizer.save_pretrained(new)
-        trainer = {"iteration": iteration, "steps": optimizer.steps, "state": optimizer.state}
-        torch.save(trainer, new / "trainer.tmp")
-        for path in [*new.rglob("*"), *(folder / name for name in LOGS)]:
-            if path.is_file():
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-    os.replace(new / "trainer.tmp", new / "trainer.pt")  # this marks it as whole
+        players.model.save_pretrained(part)
+        players.tokenizer.save_pretrained(part)
+        torch.save({"iteration": iteration, "logs": [flush(folder / name) for name in LOGS],
+                    "steps": optimizer.steps, "state": optimizer.state}, part / "trainer.pt")
+        for path in part.glob("*.*"):
+            flush(path)
+        os.replace(part, folder / "checkpoint.new")
     find_checkpoint(folder)
 
 def find_checkpoint(folder):
-    """A run's checkpoint, or None. Puts a whole new one in its place, also where a kill came in
-    between, and clears away a part of one."""
+    """A run's checkpoint, or None. A new one that is whole takes the place of the one before."""
     final, new = folder / "checkpoint", folder / "checkpoint.new"
-    if (new / "trainer.pt").is_file():
-        if final.exists():
-            shutil.rmtree(final)
+    if new.exists():
+        shutil.rmtree(final, ignore_errors=True)
         os.replace(new, final)
-    shutil.rmtree(new, ignore_errors=True)
-    return final if (final / "trainer.pt").is_file() else None
+    return final if final.exists() else None
 
-def load_checkpoint(folder, optimizer, save_every):
-    """Takes weights, optimiser and logs back to the checkpoint. Returns its iteration; 0 in a run
-    that has not saved yet."""
-    found, start = on_rank_0(find_checkpoint, folder), 0
-    if found:
-        with blame(f"--resume: {found}; a new run can begin from its weights: --model {found}"):
-            saved = torch.load(found / "trainer.pt", "cpu", weights_only=True, mmap=True)
-            optimizer.restore(saved["steps"], saved["state"])
-            start = saved["iteration"]
-    on_rank_0(restore_logs, folder, start, save_every)
-    return start
-
-def restore_logs(folder, start, save_every):
-    """Drops what was logged after the checkpoint: it is played again."""
-    for name in LOGS:
-        (folder / name).touch()
-        with blame(f"--resume: {folder / name} and the checkpoint do not fit, one was lost or "
-                   "changed: put it back, or begin a new run"):
-            rows = read_jsonl(folder / name)
-            kept = [row for row in rows if row["iteration"] < start]
-            played = max((row["iteration"] + 1 for row in rows), default=0)
-            saved = played > save_every or (folder / "checkpoint").exists()
-            if {row["iteration"] for row in kept} != set(range(start)) or (saved and not start):
-                raise ValueError(f"iterations before {start} expected")
-        write_atomically(folder / name, as_jsonl(kept))
+def load_checkpoint(folder, optimizer):
+    """Takes weights, optimiser and logs back to the checkpoint: what was logged later is played
+    again. Returns its iteration."""
+    found = folder / "checkpoint"
+    with blame(f"--resume: {found}; a new run can begin from its weights: --model {found}"):
+        saved = torch.load(found / "trainer.pt", "cpu", weights_only=True, mmap=True)
+        for name, size in zip(LOGS, saved["logs"]):
+            if flush(folder / name) < size:
+                raise ValueError(f"{name} is shorter than it was")
+            if rank() == 0:
+                os.truncate(folder / name, size)
+        optimizer.restore(saved["steps"], saved["state"])
+        return saved["iteration"]
 
 def check_disk(folder, players):
     """Refuses a disk without room for two checkpoints: one stays until the next is whole."""
@@ -1122,8 +1050,8 @@ def toy_tokenizer():
         tokenizer_object=core, pad_token="<unk>", unk_token="<unk>", bos_token="<bos>",
         eos_token="<eos>", extra_special_tokens=special[3:], chat_template=TOY_TEMPLATE)
 
-def make_toy(folder, seed, wrong_grades=0.05, steps=1200, batch=32):
-    """Writes the toy's model and tokenizer, in Hugging Face format, after some homework."""
+def make_toy(seed, wrong_grades=0.05, steps=1200, batch=32):
+    """The toy after some homework: (model, tokenizer)."""
     torch.manual_seed(seed)
     tokenizer, (_, queries, homework, exchanges) = toy_tokenizer(), toy_data(seed, wrong_grades)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
@@ -1142,44 +1070,38 @@ def make_toy(folder, seed, wrong_grades=0.05, steps=1200, batch=32):
         rows = lay_out(draw.sample(groups, batch), model.dtype, model.device)
         (-completion_log_probs(model, rows).sum() / rows.mask.sum()).backward()
         optimizer.step()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return model.eval(), tokenizer
 
 # 11. Command line --------------------------------------------------------------------------------
-def train(config):
-    """Plays a run, new or resumed, to its end. Returns its Config and the rows of metrics.jsonl."""
-    players = invite(config)
-    if not config.resume:
-        config = replace(config, out=on_rank_0(open_folder, config))
-    folder = Path(config.out).absolute()  # a reward function may change the working directory
-    with filelock.FileLock(folder / f"lock-{rank()}", timeout=0):
-        load_models(players, config)
-        start = load_checkpoint(folder, players.optimizer, config.save_every)
-        on_rank_0(check_disk, folder, players)
-        play_run(players, config, folder, start)
-        gather([])  # the other ranks wait until rank 0 has saved: what follows may read the folder
-        return config, read_jsonl(folder / LOGS[0])
+def first_model(config):
+    """What a run begins with: --model, or the copy of it that a resumed run has kept."""
+    own = Path(config.out, "reference")
+    return str(own) if config.resume and own.exists() else config.model
 
 def invite(config):
-    """The players without their models; finds what is wrong before these are loaded."""
-    players = Players(load_function(config.reward, "--reward"), no_judge)
+    """The players without their models: finds what is wrong before these are loaded."""
+    players, name = Players(load_function(config.reward, "--reward"), no_judge), first_model(config)
     if config.variant == "lsp":
         players.judge = load_function(config.judge, "--judge")
-    if config.variant == "grpo" and config.prompts:
+    if config.prompts:
         players.prompts = read_prompts(config.prompts)
-    if is_toy(config.model):  # it brings its own reward and queries, and a measure that is held out
+    if is_toy(name):  # it brings its own reward and queries, and a measure that is held out
         players.probe = toy_probe
-        players.reward = toy_reward if config.reward == "toy" else players.reward
+        if config.reward == "toy":
+            players.reward = toy_reward
         if config.variant == "grpo" and not config.prompts:
             players.prompts = toy_data(config.seed)[0]
-    if config.variant == "grpo" and not players.prompts:
-        raise UserError(f"--prompts {config.prompts or '(left out)'}: --variant grpo needs queries")
-    if config.model != "toy":
-        tokenizer = load_tokenizer(config.model)
-        arch = from_hub("--model", config.model, AutoConfig.from_pretrained)
-        for number, prompt in enumerate(players.prompts or [], 1):
-            tokens = len(encode_query(tokenizer, prompt)) + config.max_answer_tokens
-            check_length(f"--prompts {config.prompts}: entry {number}", tokens, arch)
+    if config.variant == "grpo":
+        if not players.prompts:
+            raise UserError(f"--prompts {config.prompts or '(left out)'}: no queries for GRPO")
+        order = random.Random(f"{config.seed}/0")
+        players.prompts = order.sample(players.prompts, len(players.prompts))
+    if name != "toy":
+        tokenizer = load_tokenizer(name)
+        arch = from_hub("--model", name, AutoConfig.from_pretrained)
+        for longest in sorted(players.prompts or [], key=len)[-1:]:
+            tokens = len(encode_query(tokenizer, longest)) + config.max_answer_tokens
+            check_length(f"--prompts {config.prompts}: {longest[:50]!r}", tokens, arch)
     if not players.reward:
         load_tokenizer(config.reward, "--reward")
     if config.judge and not players.judge:
@@ -1189,23 +1111,48 @@ def invite(config):
 def load_models(players, config):
     """Seats the model, its frozen copy, and a reward model or judge that is no function.
     # OPEN: a model that was trained before is its own reference, and in LSP its own judge."""
-    device, budget = pick_device(config.device), config.sample_tokens
-    dtype = pick_dtype(config.dtype, device)
-    own = on_rank_0(keep_reference, config)
-    players.reference, players.tokenizer = load_model(own, device, dtype)
-    check_rows(players.reference, config.model)
-    players.model = copy.deepcopy(players.reference)
-    players.reference.requires_grad_(False)
+    device, dtype = pick_device(config.device, config.dtype)
+    name = first_model(config)
+    if name == "toy":
+        reference, tokenizer = make_toy(config.seed)
+        reference.to(device, dtype)
+    else:
+        reference, tokenizer = load_model(name, device, dtype)
+    check_rows(reference, config.model)
+    players.reference, players.tokenizer = reference, tokenizer
+    players.model = copy.deepcopy(reference)
+    reference.requires_grad_(False)
     players.model.activation_checkpointing_enable()
     weights = players.model.parameters()
     players.optimizer = AdamW(weights, config.lr, config.optimizer_bits, config.seed)
     if not players.reward:
-        players.reward = RewardModel(config.reward, device, dtype, budget)
+        players.reward = RewardModel(config.reward, device, dtype)
     if not players.judge:
-        judge = players.reference, players.tokenizer
+        judge = reference, tokenizer
         if config.judge:
             judge = load_model(config.judge, device, dtype, "--judge")
-        players.judge = SelfReward(*judge, budget)
+        players.judge = SelfReward(*judge, config.sample_tokens)
+
+def train(config):
+    """Plays a run, new or resumed, to its end. Returns its Config and the rows of metrics.jsonl."""
+    players = invite(config)
+    load_models(players, config)
+    [out] = gather([open_folder(config)] if rank() == 0 else [])
+    folder = Path(out).absolute()  # a reward function may change the working directory
+    with filelock.FileLock(folder / f"lock-{rank()}", timeout=0):
+        if rank() == 0:
+            keep_reference(folder, players)
+            check_disk(folder, players)
+            if not find_checkpoint(folder):  # so there is always one to go back to
+                if any(flush(folder / name) for name in LOGS):
+                    raise UserError(f"--resume: {folder}/checkpoint is lost: put it back, or begin "
+                                    "a new run")
+                save_checkpoint(folder, players, 0)
+        gather([])
+        start = load_checkpoint(folder, players.optimizer)
+        play_run(players, replace(config, out=out), folder, start)
+        gather([])  # the other ranks wait until rank 0 has saved: what follows may read the folder
+    return replace(config, out=out), read_jsonl(folder / LOGS[0])
 
 def play_run(players, config, folder, start):
     """Iterates over self_play: seeds, logs and shows each iteration, and saves on every way out."""
@@ -1217,11 +1164,8 @@ def play_run(players, config, folder, start):
         for iteration in bar:
             seed = random.Random(f"{config.seed}/{iteration}/{rank()}").getrandbits(32)
             transformers.set_seed(seed)  # all that is random: a resumed run draws the same
-            begin = time.perf_counter()
             plays, numbers = next(iterations)
-            records = play_records(plays)
-            row = metrics(players, plays, records, numbers)
-            row["seconds"] = time.perf_counter() - begin
+            row, records = metrics(players, plays, numbers)
             if rank() == 0:
                 for name, rows in zip(LOGS, ([row], records)):
                     with open(folder / name, "a", encoding="utf-8") as file:
@@ -1231,88 +1175,72 @@ def play_run(players, config, folder, start):
             if strikes == 3:
                 raise UserError(f"--lr {config.lr}: loss or gradient was not finite 3 times in a "
                                 f"row, at iteration {iteration}; the weights from before are saved")
-            show(bar, row)
+            bar.set_postfix({name: row[name] for name in ON_THE_BAR if row.get(name)})
             due = played % config.save_every == 0 or time.monotonic() - saved_at > 600
             if due and rank() == 0:
                 save_checkpoint(folder, players, played)
                 saved, saved_at = played, time.monotonic()
+    except torch.OutOfMemoryError as error:
+        knob = "update_tokens" if players.phase == "update" else "sample_tokens"
+        raise UserError(f"out of GPU memory ({players.phase}): go on with a lower "
+                        f"{flag_name(knob)} than {getattr(config, knob)}") from error
     finally:  # whatever ended it: saves, unless a step has begun since `played` was set
         if rank() == 0 and played > saved and optimizer.steps == steps:
             save_checkpoint(folder, players, played)
             saved = played
         if played < config.iterations:
-            say(f"saved after {saved} iterations; go on with: {resume(config)}")
+            say(f"saved after {saved} iterations; go on with: "
+                f"python lsp.py --resume --out {shlex.quote(config.out)}")
 
-def play_records(plays):
-    """All ranks' plays (q, a, R, R_Q, V, V_Q) as plays.jsonl keeps them, one for each query."""
-    queries, answers = gather(plays.queries.texts), gather([group.texts for group in plays.answers])
-    rewards = (x.tolist() for x in (plays.R, plays.R_Q, plays.V, plays.V_Q))
-    names = ("query", "answers", "R", "R_Q", "V", "V_Q")
-    return [{"iteration": plays.iteration, **dict(zip(names, values))}
-            for values in zip(queries, answers, *rewards)]
-
-def metrics(players, plays, records, numbers):
-    """A line of metrics.jsonl; the README has a sentence on each number."""
+def metrics(players, plays, numbers):
+    """A line of metrics.jsonl, and one of plays.jsonl for each query, (q, a, R, R_Q, V, V_Q), of
+    all ranks. The README has a sentence on each number."""
     tokenizer, ends = players.tokenizer, eos_ids(players.model, players.tokenizer)
-    queries = [record["query"] for record in records]
-    tokens = [tokenizer(query, add_special_tokens=False)["input_ids"] for query in queries]
-    pairs = [pair for ids in tokens for pair in zip(ids, ids[1:])]
-    answers = [ids for group in plays.answers for ids in group.completions]
-    answers = gather([(len(ids), ids[-1] not in ends) for ids in answers])
-    failures = gather([getattr(players.judge, "failures", 0)])
-    mean = lambda values: sum(values) / len(values)
-    total = plays.R + plays.R_Q
-    seconds = {f"seconds_{name}": value for name, value in players.seconds.items()}
+    queries, answers = gather(plays.queries.texts), gather([group.texts for group in plays.answers])
+    records = [dict(iteration=plays.iteration, query=query, answers=texts, R=R, R_Q=R_Q, V=V,
+                    V_Q=V_Q)
+               for query, texts, R, R_Q, V, V_Q in zip(queries, answers, *(
+                   x.tolist() for x in (plays.R, plays.R_Q, plays.V, plays.V_Q)))]
+    ids = gather([ids for group in plays.answers for ids in group.completions])
+    tokens = tokenizer(queries, add_special_tokens=False)["input_ids"]
+    pairs = [pair for query in tokens for pair in zip(query, query[1:])]
+    total, mean = plays.R + plays.R_Q, lambda values: sum(values) / len(values)
+    row = {"iteration": plays.iteration, "reward": mean(plays.V.tolist()),
+           "quality": mean(plays.V_Q.tolist()), **numbers,
+           "answer_tokens": mean([len(answer) for answer in ids]),
+           "query_tokens": mean([len(query) for query in tokens]),
+           "truncated": mean([answer[-1] not in ends for answer in ids]),
+           "flat_groups": mean((total == total[:, :1]).all(dim=1).tolist()),
+           "distinct_queries": len(set(queries)) / len(queries),
+           "distinct_bigrams": len(set(pairs)) / len(pairs) if pairs else None,
+           "judge_failures": sum(gather([getattr(players.judge, "failures", 0)]))}
+    if players.probe:
+        row.update(players.probe(players.model, tokenizer, queries))
+    players.enter("")  # and nothing is timed until the next iteration
+    phases = ("sample", "reward", "update")
+    row.update({f"seconds_{name}": players.seconds[name] for name in phases})
+    row["seconds"] = sum(players.seconds[name] for name in phases)
     players.seconds.clear()
-    return {
-        "iteration": plays.iteration, "reward": plays.V.mean().item(),
-        "quality": plays.V_Q.mean().item(), **numbers,
-        "answer_tokens": mean([length for length, _ in answers]),
-        "query_tokens": mean([len(ids) for ids in tokens]),
-        "truncated": mean([cut_off for _, cut_off in answers]),
-        "flat_groups": (total == total[:, :1]).all(dim=1).double().mean().item(),
-        "distinct_queries": len(set(queries)) / len(queries),
-        "distinct_bigrams": len(set(pairs)) / len(pairs) if pairs else None,
-        "judge_failures": sum(failures),
-        **(players.probe(players.model, tokenizer, queries) if players.probe else {}),
-        **seconds}
-
-def show(bar, row):
-    """The numbers that matter, on the bar."""
-    names = {"R": "reward", "R_Q": "quality", "KL Sol": "kl_solver", "KL Ch": "kl_challenger",
-             "accuracy": "accuracy"}
-    shown = {short: row[name] for short, name in names.items() if row.get(name) is not None}
-    bar.set_postfix_str(", ".join(f"{short} {value:.3g}" for short, value in shown.items()))
+    return row, records
 
 def report(config, rows):
     """The end: means over the first and the last tenth of the run, warnings, what is next."""
     tenth = max(1, len(rows) // 10)
     first, last = rows[:tenth], rows[-tenth:]
-    mean = lambda part, name: statistics.mean(row.get(name) or 0 for row in part)
-    gain = lambda name: mean(last, name) - mean(first, name)
-    noise = lambda name: statistics.pstdev(row[name] for row in first)
+    mean = lambda part, name: sum(row.get(name) or 0 for row in part) / tenth
     say(f"\n{'':20} {'before':>9} {'after':>9}")
-    for name in ("reward quality kl_solver kl_challenger accuracy valid distinct_queries "
-                 "flat_groups").split():
+    for name in ("reward", "quality", "kl_solver", "kl_challenger", "accuracy", "valid"):
         if any(row.get(name) for row in rows):
             say(f"{name:20} {mean(first, name):9.3f} {mean(last, name):9.3f}")
     failed = sum(row["judge_failures"] for row in rows)
     if failed > len(rows) * config.num_queries * config.num_answers / 4:
         say(f"warning: {failed} grades could not be read: a weak judge; --judge names another")
-    if gain("quality") > noise("quality") and -gain("reward") > noise("reward"):
+    gain = lambda name: mean(last, name) - mean(first, name)
+    if gain("quality") > 0 > gain("reward") + 0.1 * abs(mean(first, "reward")):
         say("warning: R_Q rose while R fell: the players may have learned to please the judge")
-    if mean(last, "flat_groups") > 0.5:
-        say("warning: in most groups all answers earned the same: the Solver learned nothing there")
-    out, reward = shlex.quote(config.out), shlex.quote(config.reward)
+    out = shlex.quote(config.out)
     say(f"\nmetrics.jsonl, plays.jsonl and checkpoint are in {out}; next:\n"
-        f"  python eval.py plot {out} --out run.png\n  python eval.py plays {out} --worst\n"
-        f"  python lsp.py --variant lsp --model {out}/checkpoint --reward {reward}")
-
-def resume(config):
-    """The command that goes on with a run."""
-    ranks = world_size()
-    launcher = "python" if ranks == 1 else f"torchrun --nproc-per-node {ranks}"
-    return f"{launcher} lsp.py --resume --out {shlex.quote(config.out)}"
+        f"  python eval.py plot {out} --out run.png\n  python eval.py plays {out} --worst")
 
 def read_prompts(name):
     """The queries of a .txt file (one a line) or of Alpaca's .json or .jsonl (`instruction`, maybe
@@ -1326,34 +1254,29 @@ def read_prompts(name):
             return [line.strip() for line in text.split("\n") if line.strip()]
         if path.suffix not in (".json", ".jsonl"):
             raise ValueError("a .txt, .json or .jsonl file is needed")
-        rows = json.loads(text if path.suffix == ".json" else "[]")
-        for number, line in enumerate(text.split("\n") if path.suffix == ".jsonl" else [], 1):
-            with blame(f"--prompts {name}: line {number}"):
-                rows += [json.loads(line)] if line.strip() else []
+        rows = json.loads(text) if path.suffix == ".json" else text.split("\n")
         for number, row in enumerate(rows, 1):
             with blame(f"--prompts {name}: entry {number}: no text under `instruction` or `input`"):
-                parts = [row["instruction"], row.get("input")]
-                prompts.append("\n\n".join(part for part in parts if part))
-                prompts[-1].encode()  # refuses a lone surrogate
+                if row != "":
+                    row = json.loads(row) if isinstance(row, str) else row
+                    parts = [row["instruction"], row.get("input")]
+                    prompts.append("\n\n".join(part for part in parts if part))
+                    prompts[-1].encode()  # refuses a lone surrogate
     return prompts
 
 def dataset_file(name):
-    """The first .json or .jsonl file of a dataset on the hub, downloaded."""
-    files = HfApi().list_repo_files(name, repo_type="dataset")
-    data = [f for f in files if f.endswith((".json", ".jsonl")) and "info" not in f]
-    if not data:
-        raise ValueError("the dataset has no .json or .jsonl file")
-    return hf_hub_download(name, data[0], repo_type="dataset")
+    """The largest .json or .jsonl file of a dataset on the hub, downloaded."""
+    folder = snapshot_download(name, repo_type="dataset", allow_patterns=["*.json", "*.jsonl"])
+    return max(Path(folder).rglob("*.json*"), key=lambda path: path.stat().st_size)
 
 def make_parser(prog="lsp.py", description="Language Self-Play: see the head of this file."):
     """Every field of Config as a flag; what is not given is not in the result."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
     for f in fields(Config):
-        toy = f"; toy: {TOY[f.name]}" if f.name in TOY else ""
-        shown = f" [{f.default}{toy}]" if f.default not in ("", False) else ""
         kind = dict(type=f.type, choices=f.metadata["choices"])
         if f.type is bool:
             kind = dict(action="store_true")
+        shown = f" [{f.default}; toy: {TOY.get(f.name, 'same')}]" if f.default else ""
         parser.add_argument(flag_name(f.name), default=argparse.SUPPRESS, **kind,
                             help=f.metadata["help"] + shown)
     return parser
@@ -1367,11 +1290,9 @@ def prepare():
     # cuDNN's attention plans anew for every shape, and every decoded token is a new one.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # torchrun sets it
-        backend = "gloo"
         if torch.cuda.is_available():
-            backend = "nccl"
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))  # 45 GB, slow disks
+        dist.init_process_group(timeout=datetime.timedelta(hours=1))  # 45 GB, slow disks
 
 def main(argv=None):
     given = vars(make_parser().parse_args(argv))
@@ -1385,10 +1306,7 @@ def run_main(main):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # is a Ctrl-C: play_run saves
     try:
         main()
-    except filelock.Timeout as error:
-        print(f"error: {error.lock_file}: another process is at work here", file=sys.stderr)
-        sys.exit(2)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:  # OSError: a lock's too
         print("error:", str(error).split("\n")[0], file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
