@@ -387,7 +387,7 @@ def lay_out(groups, dtype, device):
     return Rows(tensor(input_ids), tensor(positions), attention[:, None], tensor(source),
                 tensor(targets), mask, tensor(advantage, dtype=torch.float32))
 
-def token_log_probs(head, hidden, targets, temperature=1.0, chunk=512):
+def token_log_probs(head, hidden, targets, temperature=1.0, chunk=256):
     """log softmax(head(hidden) / temperature) at the targets. (M, H), (M,) -> (M,), fp32
     The vocabulary is projected a chunk of tokens at a time, and again in the backward pass, so that
     a (tokens, vocabulary) matrix never exists. The softmax is fp32: bf16 is off by 0.06 nats."""
