@@ -649,7 +649,7 @@ def measure(device, dtype):
     bandwidth = 4096**2 * dtype.itemsize / mean("x @ x[0]", 4096)
     return 2 * 1024**3 / mean("x @ x", 1024), bandwidth, mean("x + x", 4)
 
-def show_cards(config, peaks, launches):
+def show_cards(config, peaks, launches, rates):
     """Prints how long it takes and whether it fits, on some cards and here."""
     peak = max(peaks.values()) / GIB
     fit = lambda gib: f"{peak:.1f} of {gib:.1f} GiB: " + (
@@ -659,9 +659,8 @@ def show_cards(config, peaks, launches):
         likely = seconds(launches, flops / 2, bandwidth * 0.75, LAUNCH)
         print(f"{name:15} floor {floor:6.1f} s, likely {likely:6.1f} s an iteration, "
               f"{likely * config.iterations / 3600:6.1f} h in all; {fit(gib)}")
-    device, dtype = lsp.pick_device(config.device, config.dtype)
-    flops, bandwidth, launch = rates = measure(device, dtype)
-    print(f"this machine, {device}: {seconds(launches, *rates):.1f} s an iteration, at the "
+    device, (flops, bandwidth, launch) = lsp.pick_device(config.device)[0], rates
+    print(f"here, {device}: {seconds(launches, *rates):.1f} s an iteration, at the "
           f"{flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s and {launch * 1e6:.1f} "
           "microseconds an operation measured now")
     if device.type == "cuda":
@@ -675,13 +674,15 @@ def plan(args):
         raise UserError("the toy needs no plan: a minute on any machine; --model names another")
     print(f"{config.model}, {config.variant}, {config.dtype}: computed, every text at its limit")
     trace, reference, saved = trace_run(config)
-    print("an iteration   peak GiB    TFLOP  TB moved  launches")
+    rates = measure(*lsp.pick_device(config.device, config.dtype))
+    print("an iteration   peak GiB    TFLOP  TB moved  launches  seconds here")
     for phase, peak in trace.peaks.items():
-        own = [(n * f, n * b, n) for (name, f, b), n in trace.launches.items() if name == phase]
-        flops, moved, count = map(sum, zip(*own))
-        print(f"  {phase:12} {peak / GIB:8.1f} {flops / 1e12:8.1f} {moved / 1e12:9.2f} {count:9}")
+        own = {key: n for key, n in trace.launches.items() if key[0] == phase}
+        flops, moved = (sum(n * key[i] for key, n in own.items()) / 1e12 for i in (1, 2))
+        print(f"  {phase:12} {peak / GIB:8.1f} {flops:8.1f} {moved:9.2f} {sum(own.values()):9} "
+              f"{seconds(own, *rates):13.1f}")
     print(f"launches of a decoding step: {trace.decoding}")
-    show_cards(config, trace.peaks, trace.launches)
+    show_cards(config, trace.peaks, trace.launches, rates)
     free = shutil.disk_usage(".").free
     print(f"disk: {reference / 1e9:.1f} GB for the reference, {saved / 1e9:.1f} GB for a "
           f"checkpoint, two while saving; {free / 1e9:.1f} GB are free here")

@@ -1099,7 +1099,8 @@ def invite(config):
     if name != "toy":
         tokenizer = load_tokenizer(name)
         arch = from_hub("--model", name, AutoConfig.from_pretrained)
-        for longest in sorted(players.prompts or [], key=len)[-1:]:
+        if players.prompts:
+            longest = max(players.prompts, key=len)
             tokens = len(encode_query(tokenizer, longest)) + config.max_answer_tokens
             check_length(f"--prompts {config.prompts}: {longest[:50]!r}", tokens, arch)
     if not players.reward:
@@ -1197,10 +1198,10 @@ def metrics(players, plays, numbers):
     all ranks. The README has a sentence on each number."""
     tokenizer, ends = players.tokenizer, eos_ids(players.model, players.tokenizer)
     queries, answers = gather(plays.queries.texts), gather([group.texts for group in plays.answers])
-    records = [dict(iteration=plays.iteration, query=query, answers=texts, R=R, R_Q=R_Q, V=V,
-                    V_Q=V_Q)
-               for query, texts, R, R_Q, V, V_Q in zip(queries, answers, *(
-                   x.tolist() for x in (plays.R, plays.R_Q, plays.V, plays.V_Q)))]
+    rewards = (x.tolist() for x in (plays.R, plays.R_Q, plays.V, plays.V_Q))
+    names = ("query", "answers", "R", "R_Q", "V", "V_Q")
+    records = [{"iteration": plays.iteration, **dict(zip(names, values))}
+               for values in zip(queries, answers, *rewards)]
     ids = gather([ids for group in plays.answers for ids in group.completions])
     tokens = tokenizer(queries, add_special_tokens=False)["input_ids"]
     pairs = [pair for query in tokens for pair in zip(query, query[1:])]
