@@ -392,7 +392,7 @@ def token_log_probs(head, hidden, targets, temperature=1.0, chunk=256):
     The vocabulary is projected a chunk of tokens at a time, and again in the backward pass, so that
     a (tokens, vocabulary) matrix never exists. The softmax is fp32: bf16 is off by 0.06 nats."""
     def of_chunk(h, y):
-        return -cross_entropy(head(h).float() / temperature, y, reduction="none")
+        return -cross_entropy(head(h).float().div_(temperature), y, reduction="none")
 
     chunks = zip(hidden.split(chunk), targets.split(chunk))
     return torch.cat([checkpoint(of_chunk, h, y, use_reentrant=False) for h, y in chunks])
@@ -796,7 +796,7 @@ def check_config(config):
 
 # 9. Run folder: ranks, loading, checkpoints, logs ------------------------------------------------
 LOGS = ("metrics.jsonl", "plays.jsonl")
-ON_THE_BAR = ("reward", "quality", "kl_solver", "kl_challenger", "accuracy")
+ON_THE_BAR = ("reward", "quality", "kl_solver", "accuracy")
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -1176,7 +1176,7 @@ def play_run(players, config, folder, start):
             if strikes == 3:
                 raise UserError(f"--lr {config.lr}: loss or gradient was not finite 3 times in a "
                                 f"row, at iteration {iteration}; the weights from before are saved")
-            bar.set_postfix({name: row[name] for name in ON_THE_BAR if row.get(name)})
+            bar.set_postfix({name: row[name] for name in ON_THE_BAR if name in row})
             due = played % config.save_every == 0 or time.monotonic() - saved_at > 600
             if due and rank() == 0:
                 save_checkpoint(folder, players, played)
