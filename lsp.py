@@ -297,15 +297,15 @@ def write_queries(players, config, iteration):
     """Step 1: this rank's share of N queries, q_i ~ pi_Ch. In GRPO they are the next of the file,
     over and over: the iteration tells the place, so that a resumed run needs no other."""
     players.enter("sample")
-    tokenizer, share = players.tokenizer, my_share(range(config.num_queries))
+    tokenizer, numbers = players.tokenizer, my_share(range(config.num_queries))
     if players.prompts is None:
-        box_1 = encode_chat(tokenizer, challenger_messages(config.task, config.template))
-        replies = sample(players.model, tokenizer, [box_1] * len(share), config.max_query_tokens,
+        prompt = encode_chat(tokenizer, challenger_messages(config.task, config.template))
+        replies = sample(players.model, tokenizer, [prompt] * len(numbers), config.max_query_tokens,
                          config.temperature, config.sample_tokens)
         texts = [parse_query(decode(tokenizer, ids), config.template) for ids in replies]
-        return Group(box_1, replies, texts)
-    prompts, first = players.prompts, iteration * config.num_queries
-    return Group([], [], [prompts[(first + i) % len(prompts)] for i in share])
+        return Group(prompt, replies, texts)
+    queries, first = players.prompts, iteration * config.num_queries
+    return Group([], [], [queries[(first + i) % len(queries)] for i in numbers])
 
 def write_answers(players, config, queries):
     """Step 2: G answers to each of this rank's queries, a_i^j ~ pi_Sol. A list of Groups."""
@@ -523,8 +523,8 @@ class SelfReward:
         self.failures = 0  # grades of the latest call that could not be read
 
     def __call__(self, prompts, completions, **_):
-        begun = self.tokenizer("<justification>", add_special_tokens=False)["input_ids"]
-        chats = [encode_chat(self.tokenizer, self_reward_messages(as_text(p), as_text(c))) + begun
+        opening = self.tokenizer("<justification>", add_special_tokens=False)["input_ids"]
+        chats = [encode_chat(self.tokenizer, self_reward_messages(as_text(p), as_text(c))) + opening
                  for p, c in zip(prompts, completions)]
         replies = sample(self.model, self.tokenizer, chats, JUDGE_TOKENS, 0, self.token_budget)
         grades = [parse_score(decode(self.tokenizer, reply)) for reply in replies]
@@ -1058,11 +1058,11 @@ def make_toy(seed, wrong_grades=0.05, steps=1200, batch=32):
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=176, num_hidden_layers=2,
         num_attention_heads=4, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1,
         eos_token_id=2, game="toy", initializer_range=0.15))  # 0.02 would learn half as much
-    box_1 = challenger_messages(TOY["task"], TOY["template"])[0]["content"]
-    homework += [(box_1, queries[i:i + 6]) for i in range(0, len(queries), 6)]
+    ask = challenger_messages(TOY["task"], TOY["template"])[0]["content"]
+    homework += [(ask, queries[i:i + 6]) for i in range(0, len(queries), 6)]
     for query, answer, grade in exchanges:
-        box_3 = self_reward_messages(query, answer)[0]["content"]
-        homework.append((box_3, [f"<justification><score>{grade}</score>"]))
+        exchange = self_reward_messages(query, answer)[0]["content"]
+        homework.append((exchange, [f"<justification><score>{grade}</score>"]))
     groups = [toy_group(tokenizer, content, *replies) for content, replies in homework]
     optimizer, draw = AdamW(model.parameters(), lr=0.0), random.Random(seed)
     for step in tqdm(range(steps), desc="toy: homework", disable=rank() > 0):
