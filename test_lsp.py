@@ -27,7 +27,7 @@ CHAT = ("{{ '<|im_start|>' }}{% for m in messages %}{{ '<|turn|>' + m['role'] + 
         "{{ '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|turn|>assistant\n' }}{% endif %}")
 
-def byte_tokenizer(pad="<|im_end|>", template=CHAT):
+def byte_tokenizer(template=CHAT):
     """A byte-level tokenizer whose template writes BOS itself; pad is EOS, as in Llama-3."""
     byte_level, specials = tokenizers.pre_tokenizers.ByteLevel, ["<|im_start|>", "<|im_end|>", "<|turn|>"]
     words = [*specials, *sorted(byte_level.alphabet()), "in", "th", "er"]
@@ -38,7 +38,7 @@ def byte_tokenizer(pad="<|im_end|>", template=CHAT):
     core.post_processor = tokenizers.processors.TemplateProcessing(
         "<|im_start|> $A", special_tokens=[("<|im_start|>", 0)])
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token=pad,
+        tokenizer_object=core, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>",
         extra_special_tokens=["<|turn|>"], chat_template=template)
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bos_token_id=0, eos_token_id=1)
@@ -191,7 +191,7 @@ def test_over_two_tokens_the_kls_gradient_holds_prefixes_fixed_and_is_not_the_se
     assert (of_loss[0] - of_sequence[0]).abs().max() > 0.01
 
 @cases("length_norm", ["mean", "sum"])
-def test_the_policy_loss_is_the_naive_loop_in_value_and_gradient_and_its_parts_add_up(length_norm):
+def test_the_policy_loss_is_the_naive_loop_and_sum_alone_has_the_gradient_of_the_literal_formula(length_norm):
     draw = torch.Generator().manual_seed(1)
     log_probs = (-torch.rand(3, 4, generator=draw, dtype=torch.float64)).requires_grad_()
     ref = -torch.rand(3, 4, generator=draw, dtype=torch.float64)
@@ -210,17 +210,14 @@ def test_the_policy_loss_is_the_naive_loop_in_value_and_gradient_and_its_parts_a
     parts = [lsp.policy_loss(log_probs[s], ref[s], torch.tensor(A)[s], mask[s], beta, length_norm, 3).item()
              for s in (slice(2), slice(2, 3))]
     assert sum(parts) == approx(value, abs=1e-9)
-
-def test_sum_has_the_gradient_of_the_formula_taken_literally():
-    """pi(a|q) of the formula is a sequence's: the product of its tokens'."""
-    log_probs = (-torch.rand(3, 5, generator=torch.Generator().manual_seed(2))).requires_grad_()
-    A, mask = torch.tensor([0.5, -1.0, 2.0]), torch.arange(5) < torch.tensor([5, 2, 3])[:, None]
-    sequence = (log_probs * mask).sum(1)
-    literal = -(torch.exp(sequence - sequence.detach()) * A).mean()
-    ours = lsp.policy_loss(log_probs, log_probs.detach(), A, mask, 0.0, "sum")
-    one, other = (torch.autograd.grad(loss, log_probs)[0] for loss in (literal, ours))
-    assert torch.allclose(one, other, atol=1e-7)
-    assert literal.item() == approx(-0.5) and ours.item() == approx(-6.5 / 3)  # not its value
+    sequence = (log_probs * mask).sum(1)  # pi(a|q) of the formula is a sequence's: its tokens' product
+    literal = -(torch.exp(sequence - sequence.detach()) * torch.tensor(A)).mean()
+    ours = lsp.policy_loss(log_probs, log_probs.detach(), torch.tensor(A), mask, 0.0, length_norm)
+    one, other = (torch.autograd.grad(y, log_probs)[0] for y in (literal, ours))
+    of_sum = length_norm == "sum"  # has the literal gradient, and the mean has the literal value
+    assert of_sum == torch.allclose(one, other) != (ours.item() == approx(literal.item()))
+    with pytest.raises(ValueError, match="length_norm"):  # and not silently the sum
+        lsp.policy_loss(log_probs, ref, torch.tensor(A), mask, beta, length_norm.title())
 
 @cases("junk", [-math.inf, math.nan, 1e30])
 def test_padding_has_no_part_in_loss_or_gradient_whatever_stands_there(junk):
@@ -231,11 +228,6 @@ def test_padding_has_no_part_in_loss_or_gradient_whatever_stands_there(junk):
         loss.backward()
         seen.append((loss.item(), log_probs.grad.tolist()))
     assert seen[0] == seen[1] and math.isfinite(seen[0][0]) and seen[0][1][0][1] == 0.0
-
-def test_an_unknown_length_norm_is_an_error_and_not_silently_the_sum():
-    zero = torch.zeros(1, 1)
-    with pytest.raises(ValueError, match="length_norm"):
-        lsp.policy_loss(zero, zero, zero[0], zero == 0, 0.1, "Mean")
 
 # 1. Algorithm 1: self_play() --------------------------------------------------------------------------------
 
@@ -248,10 +240,13 @@ def odd_judge(prompts, completions, **_):
     return [float((len(p) + 3 * sum(map(ord, c))) % 8) for p, c in zip(prompts, completions)]
 
 def small_game(variant, **more):
-    """Players and Config of a game of 3 x 4 on a tiny model whose reference is another one."""
+    """Players and Config of a game of 3 x 4 on a tiny model whose reference is another one. Many tokens end a
+    turn, so that lengths differ; two of GRPO's queries are the same."""
     players = players_of(tiny_llama(spread=0.1), tiny_llama(seed=1, spread=0.1), variety,
                          odd_judge if variant == "lsp" else lsp.no_judge)
-    players.prompts = ["Why?", "7x8", "Tell me!", "How"] if variant == "grpo" else None
+    players.model.activation_checkpointing_enable()
+    players.model.generation_config.eos_token_id = [*range(3, 60)]
+    players.prompts = ["Why?", "7x8", "Why?", "How"] if variant == "grpo" else None
     return players, Config(variant=variant, num_queries=3, num_answers=4, iterations=1, max_query_tokens=9,
                            max_answer_tokens=7, **more)
 
@@ -259,11 +254,13 @@ def small_game(variant, **more):
 @cases("variant", ["zero", "lsp", "grpo"])
 def test_one_iteration_is_algorithm_1_computed_by_hand(variant, length_norm, monkeypatch):
     """From what was sampled to gradient, KL and entropy by plain loops: no row, no batch, none of the file's
-    arithmetic. R_Q differs within a group, alpha_Ch is not 1, and what was sampled is trained, id by id."""
-    players, config = small_game(variant, beta=0.2, alpha_ch=0.6, length_norm=length_norm)
-    kept, sampled, sample = [], [], lsp.sample
+    arithmetic. R_Q differs within a group, alpha_Ch is not 1, what was sampled is trained, id by id, and
+    sampling, policy and reference have one temperature."""
+    players, config = small_game(variant, beta=0.2, alpha_ch=0.6, length_norm=length_norm, temperature=0.7)
+    kept, asked, sampled, sample = [], [], [], lsp.sample
     players.optimizer.step = lambda scale: kept.append((gradients(players.model), scale))
-    monkeypatch.setattr(lsp, "sample", lambda *a: sampled.append(sample(*a)) or sampled[-1])
+    monkeypatch.setattr(lsp, "sample", lambda *a: asked.append(a[3:]) or sampled.append(sample(*a)) or
+                        sampled[-1])
     torch.manual_seed(0)
     [(plays, numbers)] = lsp.self_play(players, config)
     players.model.zero_grad()
@@ -281,6 +278,8 @@ def test_one_iteration_is_algorithm_1_computed_by_hand(variant, length_norm, mon
     texts = [tokenizer.decode(ids) for ids in sampled[-1]]
     assert tokenizer(texts, add_special_tokens=False)["input_ids"] != sampled[-1]
     assert sampled[-1] == [ids for group in groups for ids in group.completions]
+    assert len(set(map(len, sampled[-1]))) > 2
+    assert [(most, temperature) for most, temperature, _ in asked] == [(9, 0.7), (7, 0.7)][variant == "grpo":]
     if variant == "grpo":
         assert plays.queries.completions == [] and set(plays.queries.texts) < set(players.prompts)
     else:
@@ -291,8 +290,8 @@ def test_one_iteration_is_algorithm_1_computed_by_hand(variant, length_norm, mon
     losses, kl, entropy = ({"solver": [], "challenger": []} for _ in range(3))
     for group, name, advantages in zip(groups, ["solver"] * 3 + ["challenger"], A):
         for ids, advantage in zip(group.completions, advantages, strict=True):
-            pi = plain_log_probs(players.model, group.prompt, ids)
-            d = plain_log_probs(players.reference, group.prompt, ids).detach() - pi
+            pi = plain_log_probs(players.model, group.prompt, ids, 0.7)
+            d = plain_log_probs(players.reference, group.prompt, ids, 0.7).detach() - pi
             gain = torch.exp(pi - pi.detach()) * (advantage - 0.2 * (torch.exp(d) - d - 1))
             losses[name].append(-gain.mean() if length_norm == "mean" else -gain.sum())
             kl[name] += (torch.exp(d) - d - 1).tolist()
@@ -315,13 +314,6 @@ def test_self_play_starts_where_it_is_told_steps_once_an_iteration_and_times_its
     assert [(plays.iteration, players.optimizer.steps) for plays, _ in game] == [(5, 1), (6, 2)]
     players.enter("")
     assert set(players.seconds) == {"", "sample", "reward", "update"} and min(players.seconds.values()) > 0
-
-def test_sampling_policy_and_reference_have_one_temperature():
-    players, config = small_game("zero", temperature=1e-3)
-    players.reference = copy.deepcopy(players.model)
-    [(plays, numbers)] = lsp.self_play(players, config)
-    assert all(len(set(map(tuple, group.completions))) == 1 for group in plays.answers)  # nearly greedy
-    assert numbers["kl_solver"] == numbers["kl_challenger"] == 0
 
 # 2. Prompts -------------------------------------------------------------------------------------------------
 
@@ -362,23 +354,18 @@ def test_the_prompt_has_one_bos_the_templates():
     assert ids == lsp.encode_query(tokenizer, "hi") and ids.count(0) == 1
     assert tokenizer.decode(ids) == "<|im_start|><|turn|>user\nhi<|im_end|>\n<|turn|>assistant\n"
 
-def test_a_template_that_asks_for_the_date_shows_the_same_on_every_day():
-    today = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}"  # as Llama-3's
-    assert "09 Sep 2025" in lsp.render_chat(byte_tokenizer(template=today + CHAT), USER("hi"))
-
-def test_thinking_is_switched_off_where_a_template_has_the_switch():
-    qwen = "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
-    assert lsp.render_chat(byte_tokenizer(template=CHAT + qwen), USER("hi")).endswith("<think></think>")
+@cases("asked, shown", [
+    ("{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}", "09 Sep 2025"),  # Llama-3's
+    ("{% if enable_thinking is defined and enable_thinking is false %}<no>{% endif %}", "<no>")])  # Qwen3's
+def test_a_template_that_asks_shows_the_same_date_on_every_day_and_no_thinking(asked, shown):
+    assert lsp.render_chat(byte_tokenizer(template=CHAT + asked), USER("hi")).endswith(shown)
 
 def test_an_empty_query_is_played_in_one_defined_way_even_where_the_template_raises_on_it():
     strict = byte_tokenizer(template="{% for m in messages %}{% if not m['content'] %}"
                                      "{{ raise_exception('empty') }}{% endif %}{% endfor %}" + CHAT)
-    with pytest.raises(Exception, match="empty"):
-        strict.apply_chat_template(USER(""))
-    for tokenizer in (strict, byte_tokenizer()):
-        assert lsp.encode_query(tokenizer, "") == lsp.encode_query(tokenizer, lsp.EMPTY) != []
-        exchange = USER("") + [{"role": "assistant", "content": ""}]
-        assert lsp.render_chat(tokenizer, exchange, False).count(lsp.EMPTY) == 2
+    assert lsp.encode_query(strict, "") == lsp.encode_query(strict, lsp.EMPTY) != []
+    exchange = USER("") + [{"role": "assistant", "content": ""}]
+    assert lsp.render_chat(strict, exchange, False).count(lsp.EMPTY) == 2
 
 MARKERS = """<|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|im_start|> <|im_end|>
     <|turn|> [INST] [/INST] <s> </s> <start_of_turn> <end_of_turn> <bos> <eos>""".split()
@@ -428,9 +415,6 @@ def check_hostile(text, tokenizer):
             assert [len(re.findall(rf"<\s*+{slash}{tag}\b", lower)) for slash in ("", r"/\s*+")] == [1, 1]
     assert "<response>\nfine\n</response>" in asked[0]["content"]
     assert "<instruction>\nwhy?\n</instruction>" in answered[0]["content"]
-    for query in (text, f"7x8{text}", f"{text}7x8"):
-        product = len(query) == 3 and query[1] == "x" and {query[0], query[2]} <= set("0123456789")
-        assert lsp.toy_quality([query], [text]) == [product] and lsp.toy_reward([query], [text]) == [0.0]
 
 @many
 @given(text=hostile)
@@ -478,40 +462,19 @@ def test_queries_are_the_templates_part_of_the_challengers_replies_to_box_1(monk
 
 # 4. Rows ----------------------------------------------------------------------------------------------------
 
-def test_rows_agree_with_the_plain_layout_in_value_and_gradient():
-    model, (groups, _, _, _) = tiny_llama(), random_groups()
-    model.activation_checkpointing_enable()
-    model.train()
-    rows = lsp.lay_out(groups, FP32, CPU)
-    mine = lsp.completion_log_probs(model, rows, temperature=0.7)
-    factors = torch.arange(1.0, mine.numel() + 1).view_as(mine)
-    (mine * factors).sum().backward()
-    by_rows = gradients(model)
-    model.zero_grad()
-    plain = [plain_log_probs(model, g.prompt, c, 0.7) for g in groups for c in g.completions]
-    sum((factors[s, :len(p)] * p).sum() for s, p in enumerate(plain)).backward()
-    for s, p in enumerate(plain):
-        assert torch.allclose(mine[s, :len(p)], p, atol=2e-5)
-        assert (mine[s, len(p):] == 0).all() and rows.mask[s].sum() == len(p)
-    assert_close(by_rows, gradients(model), atol=1e-3)
-
-def test_chunked_log_probs_are_torchs_log_softmax_in_value_and_gradient():
+def test_chunked_log_probs_are_torchs_log_softmax_in_value_and_gradient_and_fp32_for_bf16_models():
     torch.manual_seed(0)
-    head, hidden = torch.nn.Linear(16, 50, bias=False), torch.randn(23, 16, requires_grad=True)
-    targets = torch.randint(50, (23,))
-    mine = lsp.token_log_probs(head, hidden, targets, temperature=0.5, chunk=4)
-    plain = (head(hidden) / 0.5).log_softmax(-1)[range(23), targets]
+    head, hidden = torch.nn.Linear(16, 5000, bias=False), torch.randn(64, 16, requires_grad=True)
+    at = range(64), torch.randint(5000, (64,))
+    mine = lsp.token_log_probs(head, hidden, at[1], temperature=0.5, chunk=5)
+    plain = (head(hidden) / 0.5).log_softmax(-1)[at]
     by_hand, ours = (torch.autograd.grad(y.square().sum(), (hidden, head.weight)) for y in (plain, mine))
     assert torch.allclose(mine, plain, atol=1e-5)
-    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(by_hand, ours))
-
-def test_the_last_step_is_fp32_for_bf16_models():
-    torch.manual_seed(0)
-    head, hidden = torch.nn.Linear(16, 5000, bias=False).bfloat16(), torch.randn(64, 16).bfloat16()
-    at = range(64), torch.randint(5000, (64,))
-    exactly, in_bf16 = head(hidden).double().log_softmax(-1)[at], head(hidden).log_softmax(-1)[at].double()
-    assert (lsp.token_log_probs(head, hidden, at[1]).double() - exactly).abs().max() < 1e-4
-    assert (in_bf16 - exactly).abs().max() > 1e-3
+    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-4) for one, other in zip(by_hand, ours))
+    head, hidden = head.bfloat16(), hidden.bfloat16()
+    exactly, in_bf16 = head(hidden).double().log_softmax(-1)[at], head(hidden).log_softmax(-1)[at]
+    off = lambda values: (values.double() - exactly).abs().max()
+    assert off(lsp.token_log_probs(head, hidden, at[1])) < 1e-4 and off(in_bf16) > 1e-3
 
 def test_batches_hold_every_row_once_within_the_budget():
     lengths = [3, 50, 7, 7, 20, 49, 1, 120]
@@ -531,12 +494,11 @@ def ignore_masks(module, arguments, keywords):
 @cases("dtype", [FP32, torch.bfloat16])
 def test_the_check_of_rows_passes_two_kernels_and_refuses_a_model_that_ignores_masks_or_is_nan(dtype):
     model = tiny_llama().to(dtype)
-    handle = model.model.register_forward_pre_hook(two_kernels, with_kwargs=True)
-    lsp.check_rows(model, "fine")
-    handle.remove()
-    handle = model.model.register_forward_pre_hook(ignore_masks, with_kwargs=True)
-    refused("--model odd: cannot be trained here.*ignores attention masks", lsp.check_rows, model, "odd")
-    handle.remove()
+    hook = model.model.register_forward_pre_hook
+    with hook(two_kernels, with_kwargs=True):
+        lsp.check_rows(model, "fine")
+    with hook(ignore_masks, with_kwargs=True):
+        refused("--model odd: cannot be trained here.*ignores attention masks", lsp.check_rows, model, "odd")
     assert_close(model.state_dict(), tiny_llama().to(dtype).state_dict(), 0, 0)
     model.model.norm.weight.data.fill_(math.nan)
     refused("--model odd", lsp.check_rows, model, "odd")
@@ -576,9 +538,8 @@ def test_samples_come_from_the_scored_distribution_whatever_the_models_own_defau
     assert torch.allclose(lsp.completion_log_probs(model, rows, 1.5)[:, 0].exp(), expected, atol=1e-6)
     assert model.generation_config.top_k == 2  # the model's own defaults are its own again
 
-@cases("pad", ["<|im_end|>", None])
-def test_a_completion_ends_with_its_first_eos_and_one_cut_off_has_none(pad):
-    model, tokenizer = tiny_llama(spread=0.05), byte_tokenizer(pad)
+def test_a_completion_ends_with_its_first_eos_and_one_cut_off_has_none():
+    model, tokenizer = tiny_llama(spread=0.05), byte_tokenizer()
     with torch.no_grad():
         model.lm_head.weight[1] += 0.02 * model.lm_head.weight.sum(0).sign()  # EOS now and then
     model.generation_config.eos_token_id = [1, 40]
@@ -599,24 +560,20 @@ WORDS = dict(OTHER, **GROUPED, query_pre_attn_scalar=8, pad_token_id=1,
              layer_types=["sliding_attention", "full_attention"])
 SMALL_GPT = dict(vocab_size=262, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1,
                  initializer_range=0.3)
-MODELS = {  # (configuration, pad: EOS, a token of its own, or none; ends: one or several); some have dropout
-    "Llama": (LlamaConfig(**OTHER, **GROUPED, tie_word_embeddings=True, attention_dropout=0.5),
-              "<|im_end|>", [1, 40]),
-    "Qwen3": (transformers.Qwen3Config(**OTHER, **GROUPED), "<|turn|>", [1, 2]),
+MODELS = {  # (configuration, the tokens that end a turn beside the tokenizer's 1); some have dropout
+    "Llama": (LlamaConfig(**OTHER, **GROUPED, tie_word_embeddings=True, attention_dropout=0.5), [40]),
+    "Qwen3": (transformers.Qwen3Config(**OTHER, **GROUPED), [1, 2]),
     "Gemma3 with eyes": (transformers.Gemma3Config(
         text_config=dict(WORDS, sliding_window=1024), vision_config=EYES, mm_tokens_per_image=4,
-        boi_token_index=255, eoi_token_index=256, image_token_index=257, eos_token_id=[1, 50]),
-        "<|turn|>", [1, 50]),
-    "Mistral": (transformers.MistralConfig(**OTHER, **GROUPED, sliding_window=None), None, [1]),
-    "GPT-NeoX": (transformers.GPTNeoXConfig(**OTHER, intermediate_size=48), "<|im_end|>", [1]),
-    "GPT-2": (transformers.GPT2Config(**SMALL_GPT, resid_pdrop=0.5), "<|im_end|>", [1])}
+        boi_token_index=255, eoi_token_index=256, image_token_index=257, eos_token_id=[1, 50]), [50]),
+    "GPT-2": (transformers.GPT2Config(**SMALL_GPT, resid_pdrop=0.5), [1])}
 
-def save_model(folder, config, pad="<|im_end|>", ends=1):
+def save_model(folder, config, ends=1):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.generation_config.eos_token_id = ends
     model.save_pretrained(folder)
-    byte_tokenizer(pad).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return str(folder)
 
 def check_greedy_and_rows(folder, prompts, steps, ends=(1,)):
@@ -635,7 +592,7 @@ def check_greedy_and_rows(folder, prompts, steps, ends=(1,)):
 def test_other_models_play_and_their_rows_agree_with_the_plain_layout(name, tmp_path):
     folder, draw = save_model(tmp_path / "model", *MODELS[name]), torch.Generator().manual_seed(0)
     start, *more = (torch.randint(3, 250, (n,), generator=draw).tolist() for n in (6, 1, 9, 4, 3))
-    ends = sorted({1, *MODELS[name][2]})
+    ends = sorted({1, *MODELS[name][1]})
     assert lsp.eos_ids(*lsp.load_model(folder, CPU, FP32)) == ends
     check_greedy_and_rows(folder, [*(start + ids for ids in more[:3]), more[3]], 12, ends)
     own = write_reward(tmp_path, "return [len(set(c)) for c in completions]")
@@ -666,32 +623,24 @@ def reward_folder(tmp_path_factory):
     byte_tokenizer(template=CHAT.replace("<|im_end|>\n", "<|im_end|>")).save_pretrained(folder)
     return str(folder)  # an exchange ends in the token that is the pad token too
 
-def by_hand(reward, prompt, completion, dtype=FP32):
-    """What Hugging Face's own classifier computes for one exchange, its head in fp32."""
-    chat = USER(prompt) + [{"role": "assistant", "content": completion}]
-    text = reward.tokenizer.apply_chat_template(chat, tokenize=False)
-    assert text.endswith("<|im_end|>")
-    ids = torch.tensor([reward.tokenizer(text, add_special_tokens=False)["input_ids"]])
-    model = LlamaForSequenceClassification.from_pretrained(reward.__name__, dtype=dtype)
-    return (model.model(ids).last_hidden_state[0, -1].float() @ model.score.weight[0].float()).item()
-
-EXCHANGES = dict(prompts=["a", "why is it?", "b" * 40], completions=["x", "because", "y" * 3])
-
-def test_the_reward_model_gives_a_batch_what_it_gives_each_alone(reward_folder):
-    reward = lsp.RewardModel(reward_folder, CPU, FP32)
-    alone = [by_hand(reward, *exchange) for exchange in zip(*EXCHANGES.values())]
-    assert reward(**EXCHANGES) == approx(alone, abs=1e-4) and len({round(x, 3) for x in alone}) == 3
-    assert reward(prompts=[], completions=[]) == []
-
-def test_a_bf16_reward_models_head_is_computed_in_fp32_and_keeps_no_cache(reward_folder):
-    reward, kept = lsp.RewardModel(reward_folder, CPU, torch.bfloat16), []
+@cases("dtype", [FP32, torch.bfloat16])
+def test_the_reward_model_scores_the_last_token_with_an_fp32_head_and_keeps_no_cache(
+        dtype, reward_folder):
+    reward, kept, right = lsp.RewardModel(reward_folder, CPU, dtype), [], []
     base = reward.model.base_model
     base.register_forward_hook(lambda module, arguments, out: kept.append(out.past_key_values))
-    for prompt, completion in zip(*EXCHANGES.values()):
-        [value] = reward(prompts=[prompt], completions=[completion])
-        assert value == approx(by_hand(reward, prompt, completion, torch.bfloat16), rel=1e-5)
-        assert value != torch.tensor(value).bfloat16().item()
-    assert kept == [None] * 3 and next(base.parameters()).dtype == torch.bfloat16
+    plain = LlamaForSequenceClassification.from_pretrained(reward_folder, dtype=dtype)
+    exchanges = dict(prompts=["a", "why is it?", "b" * 40], completions=["x", "because", "y" * 3])
+    for prompt, completion in zip(*exchanges.values()):
+        chat = USER(prompt) + [{"role": "assistant", "content": completion}]
+        text = reward.tokenizer.apply_chat_template(chat, tokenize=False)
+        ids = torch.tensor([reward.tokenizer(text, add_special_tokens=False)["input_ids"]])
+        hidden = plain.model(ids).last_hidden_state[0, -1].float()
+        right.append((hidden @ plain.score.weight[0].float()).item())
+        assert text.endswith("<|im_end|>") and right[-1] != torch.tensor(right[-1]).bfloat16().item()
+    assert reward(**exchanges) == approx(right, rel=1e-5) and len(set(right)) == 3
+    assert kept == [None] * 3 and next(base.parameters()).dtype == dtype
+    assert reward(prompts=[], completions=[]) == []
 
 def test_the_self_reward_is_box_3s_score_with_the_signature_of_a_trl_reward_function(monkeypatch):
     """TRL calls with keywords, adds the data set's columns and its own, and wants a name and floats. A failed
@@ -730,14 +679,6 @@ def test_the_gradient_does_not_depend_on_micro_batches_or_row_lengths(length_nor
         for one, other in zip(numbers, seen[0][1]):
             assert one == {name: approx(value, rel=1e-4, abs=1e-5) for name, value in other.items()}
     assert seen[1][2] > seen[2][2] > seen[0][2] and seen[4][3] < seen[0][3]  # it did cut
-
-def test_two_groups_of_the_same_query_keep_their_own_advantages():
-    model, twins, largest = tiny_llama(), [Group([5, 6], [[7, 8]]), Group([5, 6], [[7, 8]])], []
-    for A in ([[1.0], [-1.0]], [[1.0], [1.0]]):
-        model.zero_grad()
-        lsp.add_gradient(players_of(model), Config(beta=0.0), twins, torch.tensor(A))
-        largest.append(max(g.abs().max().item() for g in gradients(model).values()))
-    assert largest[0] < 1e-6 and largest[1] > 1e-2
 
 def test_adamw_is_torchs():
     torch.manual_seed(0)
@@ -780,20 +721,13 @@ def test_many_small_sixteen_bit_steps_are_taken_at_random_by_weight_step_and_see
     every step would move the same weights always and the others never: variance n^2 p (1 - p)."""
     start, n, p = torch.full((20000,), 0.75).bfloat16(), 100, 0.02
     steps = [torch.ones_like(start)] * n
-    one, again, other = (walk(start, steps, lr=p * 2.0**-8, bits=16, seed=seed)[1] for seed in (0, 0, 1))
+    (optimizer, one), (_, again), (_, other) = (
+        walk(start, steps, lr=p * 2.0**-8, bits=16, seed=seed) for seed in (0, 0, 1))
+    assert all(x.dtype == torch.bfloat16 for x in optimizer.state[0])
     moves = (start - one).double() * 2**8
     assert moves.mean().item() == approx(n * p, rel=0.03)
     assert moves.var().item() == approx(n * p * (1 - p), rel=0.1)
     assert torch.equal(one, again) and not torch.equal(one, other)
-
-def test_sixteen_bit_updates_match_fp32_masters_in_expectation():
-    torch.manual_seed(0)
-    start = (torch.randn(20000) * 0.02).bfloat16()
-    steps = [torch.randn(20000).bfloat16() * 0.1 + 0.1 for _ in range(30)]
-    one, other = (walk(start, steps, lr=1e-5, bits=bits)[0].state[0] for bits in (32, 16))
-    assert all(x.dtype == torch.bfloat16 for x in other)
-    mean = lambda state: (state[0].float() - start.float()).mean().item()
-    assert mean(other) == approx(mean(one), rel=0.05)
 
 # 8. Settings ------------------------------------------------------------------------------------------------
 
@@ -820,15 +754,10 @@ def test_a_flag_that_is_given_wins_over_the_game_and_the_game_over_the_papers_de
     assert config.num_answers == Config().num_answers and config.dtype == "float32"
     assert None not in dataclasses.asdict(config).values()
 
-def test_help_names_every_flag_of_the_design_and_its_default(capsys):
+def test_help_shows_the_defaults_and_a_flag_that_is_not_given_is_left_to_the_game(capsys):
     with pytest.raises(SystemExit):
         lsp.make_parser().parse_args(["--help"])
-    text = capsys.readouterr().out
-    names = """variant model reward judge prompts task template iterations num-queries num-answers beta
-        alpha-ch lr max-query-tokens max-answer-tokens temperature length-norm optimizer-bits update-tokens
-        sample-tokens out resume save-every seed device dtype""".split()
-    assert [name for name in names if not re.search(rf"--{name}\s", text)] == []
-    assert re.search(rf"\[1500;\s+toy:\s+{lsp.TOY['iterations']}\]", text)
+    assert re.search(r"--iterations [^\[]*\[1500;\s+toy:\s+80\]", capsys.readouterr().out)
     assert vars(lsp.make_parser().parse_args(["--beta", "0.5"])) == {"beta": 0.5}
 
 IMPORTS = """
@@ -898,8 +827,11 @@ def iteration_of(run):
 def test_a_resumed_run_is_bitwise_the_unbroken_one(tmp_path, toy, given):
     play(tmp_path / "whole", toy, **given, **SHORT)
     play(tmp_path / "parts", toy, **given, **{**SHORT, "iterations": 3})
-    assert len(go_on(tmp_path / "parts", iterations=6, update_tokens=9999, sample_tokens=99999)) == 6
+    changed = dict(update_tokens=9999, sample_tokens=99999)
+    assert len(go_on(tmp_path / "parts", iterations=6, **changed)) == 6
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    whole, parts = (json.loads((tmp_path / run / "config.json").read_text()) for run in ("whole", "parts"))
+    assert parts == {**whole, **changed, "out": f"{tmp_path}/parts"}  # kept for the next time
     name = "model.layers.0.mlp.up_proj.weight"
     end, start = weights(tmp_path / "whole/checkpoint")[name], weights(toy)[name]
     assert end.dtype == (torch.bfloat16 if "dtype" in given else FP32)
@@ -907,7 +839,8 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(tmp_path, toy, given):
 
 def test_a_kill_at_any_moment_of_saving_leaves_a_run_that_ends_like_an_unbroken_one(tmp_path, toy, unbroken,
                                                                                     monkeypatch):
-    """Copies of the folder before and after every step of the second save: each must go on."""
+    """Copies of the folder before and after every step of the first two saves, without an iteration and with
+    one that is logged: each must go on."""
     run, seen = tmp_path / "run", {}
 
     def look():
@@ -923,44 +856,32 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_run_that_ends_like_an_unbroken_
             look()
             return result
         return watch
-    play(run, toy, **{**SHORT, "iterations": 3})
-    with monkeypatch.context() as patch:
-        for module, name in ((os, "replace"), (os, "fsync"), (os, "unlink"), (torch, "save")):
-            patch.setattr(module, name, watched(getattr(module, name)))
-        go_on(run, iterations=4)
-    assert len(seen) >= 5 and not all((copy / "checkpoint/config.json").exists() for copy in seen.values())
+    for module, name in ((os, "replace"), (os, "fsync"), (os, "unlink"), (torch, "save")):
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    play(run, toy, **{**SHORT, "iterations": 1})
+    monkeypatch.undo()
+    begun = [(copy / "checkpoint/config.json").exists() for copy in seen.values()]
+    assert begun.count(True) > 3 < begun.count(False)
     for copied in seen.values():
-        go_on(copied, iterations=6)
+        assert len(go_on(copied, iterations=6)) == 6
         assert_same_run(copied, unbroken / "zero")
         assert not list(copied.glob("checkpoint.*"))  # what a kill left is cleared away
 
-@cases("way_out, error, saved", [("raise", UserError, 3), ("Ctrl-C", KeyboardInterrupt, 3),
-                                 ("stdout", BrokenPipeError, 4), ("half a step", KeyboardInterrupt, 2)])
+@cases("module, name, nth, error, saved", [
+    (lsp, "toy_reward", 4, ValueError, 3), (lsp, "toy_reward", 4, KeyboardInterrupt, 3),
+    (lsp.tqdm, "set_postfix", 4, BrokenPipeError, 4),
+    (lsp, "adamw", 70, KeyboardInterrupt, 2)])  # the tenth of 20 parameters
 def test_every_way_out_saves_the_last_whole_iteration_but_no_half_step(
-        way_out, error, saved, tmp_path, toy, unbroken, monkeypatch, capsys):
+        module, name, nth, error, saved, tmp_path, toy, unbroken, monkeypatch, capsys):
     """In the fourth iteration, after a save at the second; going on is then bitwise the unbroken run."""
-    reward, calls, adamw, updates = lsp.toy_reward, [], lsp.adamw, itertools.count()
-    set_postfix = lsp.tqdm.set_postfix
+    function, calls = getattr(module, name), itertools.count(1)
 
-    def breaking(prompts, completions, **_):
-        calls.append(1)
-        if len(calls) == 4 and way_out in ("raise", "Ctrl-C"):
-            raise ValueError("no luck") if way_out == "raise" else KeyboardInterrupt
-        return reward(prompts, completions)
-
-    def show(*numbers):
-        if len(calls) == 4 and way_out == "stdout":
-            raise BrokenPipeError(32, "Broken pipe")
-        set_postfix(*numbers)
-
-    def update(*arguments, **options):  # of one of 20 parameters
-        if next(updates) == 70 and way_out == "half a step":
-            interrupt()
-        adamw(*arguments, **options)
-    monkeypatch.setattr(lsp.tqdm, "set_postfix", show)
-    for function, stand_in in (("toy_reward", breaking), ("adamw", update)):
-        monkeypatch.setattr(lsp, function, stand_in)
-    with pytest.raises(error):
+    def breaking(*arguments, **options):
+        if next(calls) == nth:
+            raise error
+        return function(*arguments, **options)
+    monkeypatch.setattr(module, name, breaking)
+    with pytest.raises((error, UserError)):
         play(tmp_path / "run", toy, variant="lsp", **SHORT)
     assert iteration_of(tmp_path / "run") == saved
     out = capsys.readouterr().out
@@ -1019,43 +940,25 @@ def test_a_disk_without_room_for_two_checkpoints_is_refused_before_the_first_ite
     free(1.1 * size)  # one is there already
     assert len(go_on(tmp_path / "run", iterations=3)) == 3
 
-def test_a_second_process_in_a_run_is_refused_with_a_clear_line(tmp_path, toy, capsys):
-    play(tmp_path / "run", toy, **TINY)
-    before = (tmp_path / "run/metrics.jsonl").read_bytes()
-    with filelock.FileLock(tmp_path / "run/lock-0"):
-        line = refusal(capsys, "--resume", "--out", tmp_path / "run", "--iterations", 3)
-    assert f"{tmp_path}/run" in line and "could not be acquired" in line
-    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+@cases("name, left, says", [
+    ("config.json", 20, "--out {run} holds no run"), ("checkpoint/trainer.pt", 5000, "{run}/checkpoint: "),
+    ("checkpoint/trainer.pt", None, "{run}/checkpoint: "), ("checkpoint", None, "{run}/checkpoint is lost"),
+    *((name, -1, f"{name} is shorter than it was") for name in lsp.LOGS)])
+def test_a_run_that_lost_something_is_refused_and_keeps_what_it_has(name, left, says, tmp_path, bad, capsys):
+    run = shutil.copytree(bad / "run", tmp_path / "run")
+    if left is None:
+        (shutil.rmtree if name == "checkpoint" else os.unlink)(run / name)
+    else:
+        os.truncate(run / name, left % (run / name).stat().st_size)
+    before = {name: (run / name).read_bytes() for name in lsp.LOGS}
+    line = refusal(capsys, "--resume", "--out", run, "--iterations", 3)
+    assert "--resume: " in line and says.format(run=run) in line
+    assert before == {name: (run / name).read_bytes() for name in lsp.LOGS}
 
-def test_a_run_that_lost_its_checkpoint_is_refused_and_keeps_its_logs(tmp_path, toy):
-    play(tmp_path / "run", toy, **{**TINY, "save_every": 1})
-    shutil.rmtree(tmp_path / "run/checkpoint")
-    before = {name: (tmp_path / "run" / name).read_bytes() for name in lsp.LOGS}
-    refused("--resume.*checkpoint is lost", go_on, tmp_path / "run", iterations=3)
-    assert before == {name: (tmp_path / "run" / name).read_bytes() for name in lsp.LOGS}
-
-def test_a_run_has_a_checkpoint_before_it_plays_and_what_was_logged_after_one_is_played_again(
-        tmp_path, toy, unbroken, monkeypatch):
-    save = lsp.save_checkpoint
-    with monkeypatch.context() as patch:  # as if killed in the fourth iteration, without a save but the first
-        patch.setattr(lsp, "save_checkpoint", lambda *a: save(*a) if a[2] == 0 else None)
-        play(tmp_path / "run", toy, **{**SHORT, "iterations": 3})
-    assert iteration_of(tmp_path / "run") == 0 and len(lsp.read_jsonl(tmp_path / "run/metrics.jsonl")) == 3
-    assert len(go_on(tmp_path / "run", iterations=6)) == 6
-    assert_same_run(tmp_path / "run", unbroken / "zero")
-
-def test_what_a_run_goes_on_with_is_kept_for_the_next_time(tmp_path, toy):
-    play(tmp_path / "run", toy, **TINY)
-    before = json.loads((tmp_path / "run/config.json").read_text())
-    go_on(tmp_path / "run", iterations=3, update_tokens=12)
-    after = json.loads((tmp_path / "run/config.json").read_text())
-    assert after == {**before, "iterations": 3, "update_tokens": 12} and before["model"] == str(toy)
-
-@cases("name", lsp.LOGS)
-def test_a_log_that_lost_what_was_saved_is_found_at_resume(name, tmp_path, bad):
-    path = shutil.copytree(bad / "run", tmp_path / "run") / name
-    os.truncate(path, path.stat().st_size - 1)
-    refused(f"--resume: .*{name} is shorter", go_on, tmp_path / "run", iterations=3)
+def test_a_second_process_in_a_run_is_refused_with_a_clear_line(bad, capsys):
+    with filelock.FileLock(bad / "run/lock-0"):
+        line = refusal(capsys, "--resume", "--out", bad / "run")
+    assert f"{bad}/run" in line and "could not be acquired" in line
 
 @cases("edit", [{"num_queries": "2"}, {"variant": "tournament"}, {"beta": None}, {"lr": -1.0},
                 {"frobnicate": 1}, {"world_size": 2}, {"template": "none"}], ids=str)
@@ -1075,15 +978,14 @@ def test_a_run_from_another_runs_checkpoint_goes_on_when_that_one_is_gone(tmp_pa
     assert rows[0]["kl_solver"] == rows[0]["kl_challenger"] == 0 < rl[-1]["kl_solver"]
     assert rows[-1]["kl_solver"] > 0 and "accuracy" in rows[0]  # the reference is that checkpoint
 
-@cases("where, knob", [("sample", "sample-tokens 98304"), ("call_reward", "sample-tokens"),
-                       ("lay_out", "update-tokens 4608"), ("adamw", "update-tokens")])
-def test_out_of_gpu_memory_names_the_flag_to_lower_and_resume(where, knob, tmp_path, toy, monkeypatch, capsys):
+@cases("where, knob", [("sample", "--sample-tokens than 98304"), ("call_reward", "--sample-tokens"),
+                       ("lay_out", "--update-tokens than 4608"), ("adamw", "--update-tokens")])
+def test_out_of_gpu_memory_names_the_flag_to_lower(where, knob, tmp_path, toy, monkeypatch, capsys):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-    flag, value = (knob + " ").split(" ")[:2]
     with monkeypatch.context() as patch:
         patch.setattr(lsp, "check_rows", lambda *_: patch.setattr(lsp, where, full))
-        refused(rf"memory.*--{flag} than {value}", play, tmp_path / "my run", toy, **TINY)
+        refused(f"memory.*{knob}", play, tmp_path / "my run", toy, **TINY)
     assert f"--resume --out '{tmp_path}/my run'" in capsys.readouterr().out
 
 def test_a_nan_skips_the_step_and_three_in_a_row_end_the_run(tmp_path, toy, monkeypatch):
@@ -1200,8 +1102,8 @@ def test_the_toys_accuracy_is_that_of_sampled_answers(toy):
     right = torch.tensor(right).view(10, 10, 100).mean(-1)
     assert right.mean().item() == approx(table.mean().item(), abs=0.015)
     assert (right - table).abs().max() < 0.22
-    probed = lsp.toy_probe(model, tokenizer, ["7x8", "7x", "x"])
-    assert probed == {"accuracy": approx(table.mean().item()), "valid": approx(1 / 3)}
+    probed = lsp.toy_probe(model, tokenizer, ["7x8", "7x", "7x88", "x"])
+    assert probed == {"accuracy": approx(table.mean().item()), "valid": 1 / 4}
 
 def test_the_toys_three_parts_are_told_apart_by_the_prompt():
     tokenizer, task, template = lsp.toy_tokenizer(), lsp.TOY["task"], lsp.TOY["template"]
@@ -1240,7 +1142,8 @@ def test_the_logged_numbers_are_what_they_say(toy):
     model, tokenizer = lsp.load_model(toy, CPU, FP32)
     end, judge = tokenizer.eos_token_id, types.SimpleNamespace(failures=5)
     model.generation_config.eos_token_id = [end, 10]  # a second token that ends a turn
-    players = lsp.Players(None, judge, model, model, tokenizer, seconds=collections.Counter(sample=1.0, reward=2.0, update=3.0))
+    seconds = collections.Counter(sample=1.0, reward=2.0, update=3.0)
+    players = lsp.Players(None, judge, model, model, tokenizer, seconds=seconds)
     ids = [[[7, end], [7, 8]], [[7, 10], [end]], [[9, 9], [9, end]]]
     answers = [Group([1], own, ["a", "b"]) for own in ids]
     queries = Group([1], [[2]] * 3, ["1x1", "1x1", "2x3"])
@@ -1292,7 +1195,7 @@ def test_prompts_come_from_files_of_every_kind_and_from_a_dataset_of_the_hub(tmp
     (tmp_path / "hub/dataset_infos.json").write_text("{}")
     shutil.copy(tmp_path / "a.json", tmp_path / "hub/train.json")
     hub = {("tatsu-lab/alpaca", "dataset"): str(tmp_path / "hub")}
-    monkeypatch.setattr(lsp, "snapshot_download", lambda name, repo_type, allow_patterns: hub[name, repo_type])
+    monkeypatch.setattr(lsp, "snapshot_download", lambda name, repo_type, **_: hub[name, repo_type])
     for name in (f"{tmp_path}/a.json", f"{tmp_path}/a.jsonl", "tatsu-lab/alpaca"):
         assert lsp.read_prompts(name) == ["Add\n\n1 2", odd]
     assert lsp.read_prompts(f"{tmp_path}/a.txt") == ["one", odd]
@@ -1331,7 +1234,6 @@ def raises(prompts, completions, **_): raise ValueError('no\\nluck')
 def short(prompts, completions, **_): return [1.0]
 def nan(prompts, completions, **_): return [float('nan')] * len(prompts)
 def huge(prompts, completions, **_): return [1e39] * len(prompts)
-def words(prompts, completions, **_): return ['good'] * len(prompts)
 def leaves(prompts, completions, **_): raise SystemExit(0)
 number = 3
 """
@@ -1343,27 +1245,20 @@ TEXTS = {"empty.txt": " \n\n", "key.jsonl": '{"instruction": "a"}\n{"prompt": "b
 
 @pytest.fixture(scope="session")
 def bad(tmp_path_factory, toy, text_model):
-    """A folder full of things that are wrong, and a run that is not."""
+    """A folder full of things that are wrong, and a run of two iterations that is not."""
     folder = tmp_path_factory.mktemp("bad")
     for name, text in TEXTS.items():
         (folder / name).write_text(text)
     (folder / "nothing").mkdir()
-    endless = "{% for m in messages %}{{ m.content }}"
     for name, of, broken, text in (
             ("weightless", toy, "model.safetensors", None), ("pickle", toy, "model.safetensors", None),
             ("chatless", text_model, "chat_template.jinja", None),
-            ("badtemplate", text_model, "chat_template.jinja", endless),
             ("textless", text_model, "chat_template.jinja", PARTS),
             ("badconfig", text_model, "config.json", "{"), ("badtokens", text_model, "tokenizer.json", "{")):
         shutil.copytree(of, folder / name)
         (folder / name / broken).write_text(text) if text else (folder / name / broken).unlink()
     shutil.copy(Path(toy) / "model.safetensors", folder / "pickle/pytorch_model.bin")
     play(folder / "run", toy, **TINY)
-    for name in ("corrupt", "settings", "trainerless"):
-        shutil.copytree(folder / "run", folder / name)
-    os.truncate(folder / "corrupt/checkpoint/trainer.pt", 5000)
-    (folder / "trainerless/checkpoint/trainer.pt").unlink()
-    (folder / "settings/config.json").write_text('{"variant": "zero"')
     return folder
 
 ON_TOY, SMALLEST = "--model {toy}", "--num-queries 2 --num-answers 2 --iterations 1"
@@ -1385,12 +1280,11 @@ BAD_INPUT = {f"{flag} {value}": f"{flag} {value}: " for flag, *values in map(str
         "surrogate.json": ": entry 2", "long.txt": ": 'xxx"}.items()} | {
     f"{MINE}{{bad}}/reward.py:{name}": f"{name}{says}" for name, says in {
         "raises": ": ValueError: no", "leaves": ": SystemExit", "nan": ": ValueError: returned nan in row 0",
-        "huge": ": ValueError", "words": ": ValueError",
+        "huge": ": ValueError: returned 1e+39 in row 0",
         "short": ": ValueError: returned 1 values for 4 completions", "number": ": ValueError: "}.items()} | {
     "--model {bad}/nothing": "--model {bad}/nothing: the folder holds no model",
     "--model {bad}/pickle --reward {bad}/reward.py:nan": "--model {bad}/pickle",
     "--model {bad}/chatless": "--model {bad}/chatless: no chat template",
-    "--model {bad}/badtemplate --reward {bad}/reward.py:nan": "--model {bad}/badtemplate",
     "--model {bad}/textless --reward {bad}/reward.py:nan": "leaves out the text",
     "--num-queries 1": "--num-queries 1: a query alone is its own mean",
     "--optimizer-bits 16 --dtype float32": "--optimizer-bits 16",
@@ -1406,11 +1300,8 @@ BAD_INPUT = {f"{flag} {value}": f"{flag} {value}: " for flag, *values in map(str
     MINE + "toy --out {bad}/run": "--out {bad}/run: is not empty; --resume goes on",
     RESUME + "nothing": "--out {bad}/nothing holds no run",
     RESUME + "run --beta 0.7": "--resume: --beta 0.7: the run has ",
-    RESUME + "run --model other": "--resume: --model other: the run has",
-    RESUME + "corrupt": "--resume: {bad}/corrupt/checkpoint",
-    RESUME + "trainerless": "--resume: {bad}/trainerless",
-    RESUME + "settings": "--resume: --out {bad}/settings holds no run"}
-LATE = ("pickle", "corrupt", "trainerless", "{bad}/reward.py:", "--reward {text}", "below")  # a model is tried first
+    RESUME + "run --model other": "--resume: --model other: the run has"}
+LATE = ("pickle", "{bad}/reward.py:", "--reward {text}", "below")  # a model is tried first
 
 @cases("arguments", BAD_INPUT)
 def test_bad_input_is_one_line_that_names_its_cause(arguments, bad, toy, text_model, tmp_path, capsys,
@@ -1857,8 +1748,8 @@ def test_every_game_leaves_a_tenth_of_its_card_free_and_the_papers_is_as_counted
     monkeypatch.setattr(evaluation, "trace_run", lambda config: (trace, reference, saved))
     evaluation.main(["plan", "--variant", "lsp", "--model", config.model, "--reward", config.reward])
     text = capsys.readouterr().out
-    for words in ("load +53.9 +0.0 +0.00 +0 +0.0\n", "self-reward +65.2", "decoding step: 1[,.\\d]+", "A100", "here, cpu", "45.0 GB",
-                  "H100.*likely +34.6 s an iteration, +14.4 h.*79.0 GiB: fits", "4090.* 23.5 GiB: DOES NOT"):
+    for words in ("load +53.9 +0.0 +0.00 +0 +0.0\n", "self-reward +65.2", "decoding step: 1239\n",
+                  "A100", "here, cpu", "45.0 GB", "H100.*likely +34.6 s an iteration, +14.4 h.*79.0 GiB: fits", "4090.* 23.5 GiB: DOES NOT"):
         assert re.search(words, text), words
 
 def test_the_trace_counts_arithmetic_bytes_and_launches_but_no_views_and_the_most_at_once():
