@@ -1749,7 +1749,8 @@ def test_every_game_leaves_a_tenth_of_its_card_free_and_the_papers_is_as_counted
     evaluation.main(["plan", "--variant", "lsp", "--model", config.model, "--reward", config.reward])
     text = capsys.readouterr().out
     for words in ("load +53.9 +0.0 +0.00 +0 +0.0\n", "self-reward +65.2", "decoding step: 1239\n",
-                  "A100", "here, cpu", "45.0 GB", "H100.*likely +34.6 s an iteration, +14.4 h.*79.0 GiB: fits", "4090.* 23.5 GiB: DOES NOT"):
+                  "H100.*likely +34.6 s an iteration, +14.4 h.*79.0 GiB: fits", "A100", "here, cpu",
+                  "4090.* 23.5 GiB: DOES NOT", "45.0 GB"):
         assert re.search(words, text), words
 
 def test_the_trace_counts_arithmetic_bytes_and_launches_but_no_views_and_the_most_at_once():
