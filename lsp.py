@@ -1150,7 +1150,7 @@ def train(config):
                                     "a new run")
                 save_checkpoint(folder, players, 0)
         gather([])
-        start = load_checkpoint(folder, players.optimizer)
+        start = load_checkpoint(folder, players.optimizer) if config.resume else 0
         play_run(players, replace(config, out=out), folder, start)
         gather([])  # the other ranks wait until rank 0 has saved: what follows may read the folder
     return replace(config, out=out), read_jsonl(folder / LOGS[0])
