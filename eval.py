@@ -445,10 +445,12 @@ def draw_curves(histories):
                  ylabel=["accuracy", "share of well-formed queries"][row],
                  title=["from the base model", "from the GRPO model"][column])
         for color, (label, names) in zip(PALETTE, PLAYERS.items()):
-            if column < len(names):  # GRPO has no second run
+            if column < len(names):  # GRPO has no second run: dashed is where the others begin
                 history = histories[names[column]][:, :, row]  # (seeds, iterations)
                 at = smooth(np.arange(history.shape[1]))
                 draw_band(axes, at, smooth(history), color=color, label=label)
+            else:
+                axes.axhline(ending(histories[names[0]])[:, row].mean(), color=color, ls="--")
     return figure
 
 def draw_judges(accuracies, ends):
@@ -477,7 +479,8 @@ def draw_tables(run):
               "wrong after": 1 - lsp.toy_table(*load_toy(run / "checkpoint")).numpy()}
     figure, grid = new_figure(4, 4, 2.8)
     for axes, (title, cells) in zip(grid, panels.items()):
-        image = axes.imshow(cells, cmap="cividis", vmin=0, origin="lower")
+        top = 1 if "wrong" in title else None
+        image = axes.imshow(cells, cmap="cividis", vmin=0, vmax=top, origin="lower")
         figure.colorbar(image, ax=axes, location="bottom")
         axes.set(title=title, xticks=range(0, 10, 3), yticks=range(0, 10, 3), ylabel="a in a x b")
     return figure

@@ -896,17 +896,17 @@ def resumed(given):
     return config
 
 def open_folder(config):
-    """The folder of a run: an old one, or a new one that is never one that holds something."""
+    """The name of a run's folder, which is made where there is none."""
     names = (f"runs/{config.variant}" + (f"-{n}" if n > 1 else "") for n in range(1, 10**6))
     folder = config.out or next(name for name in names if not Path(name).exists())
     with blame(f"--out {folder}"):
         Path(folder).mkdir(parents=True, exist_ok=True)
-    settings = asdict(replace(config, out=folder, resume=False)) | {"world_size": world_size()}
-    write_atomically(Path(folder, "config.json"), json.dumps(settings, indent=2))
     return folder
 
-def keep_reference(folder, players):
-    """Copies the first model into the run, as others may change or delete it."""
+def keep_beginning(folder, players, config):
+    """Keeps the settings, and a copy of the first model, as others may change or delete it."""
+    settings = asdict(replace(config, resume=False)) | {"world_size": world_size()}
+    write_atomically(folder / "config.json", json.dumps(settings, indent=2))
     own, part = folder / "reference", folder / "reference.part"
     if not own.exists():
         shutil.rmtree(part, ignore_errors=True)
@@ -1139,10 +1139,11 @@ def train(config):
     players = invite(config)
     load_models(players, config)
     [out] = gather([open_folder(config)] if rank() == 0 else [])
+    config = replace(config, out=out)
     folder = Path(out).absolute()  # a reward function may change the working directory
     with filelock.FileLock(folder / f"lock-{rank()}", timeout=0):
         if rank() == 0:
-            keep_reference(folder, players)
+            keep_beginning(folder, players, config)
             check_disk(folder, players)
             if not find_checkpoint(folder):  # so there is always one to go back to
                 if any(flush(folder / name) for name in LOGS):
@@ -1151,9 +1152,9 @@ def train(config):
                 save_checkpoint(folder, players, 0)
         gather([])
         start = load_checkpoint(folder, players.optimizer) if config.resume else 0
-        play_run(players, replace(config, out=out), folder, start)
+        play_run(players, config, folder, start)
         gather([])  # the other ranks wait until rank 0 has saved: what follows may read the folder
-    return replace(config, out=out), read_jsonl(folder / LOGS[0])
+    return config, read_jsonl(folder / LOGS[0])
 
 def play_run(players, config, folder, start):
     """Iterates over self_play: seeds, logs and shows each iteration, and saves on every way out."""
@@ -1166,6 +1167,7 @@ def play_run(players, config, folder, start):
             seed = random.Random(f"{config.seed}/{iteration}/{rank()}").getrandbits(32)
             transformers.set_seed(seed)  # all that is random: a resumed run draws the same
             plays, numbers = next(iterations)
+            steps = None  # what is only half logged is not saved
             row, records = metrics(players, plays, numbers)
             if rank() == 0:
                 for name, rows in zip(LOGS, ([row], records)):
@@ -1185,7 +1187,7 @@ def play_run(players, config, folder, start):
         knob = "update_tokens" if players.phase == "update" else "sample_tokens"
         raise UserError(f"out of GPU memory ({players.phase}): go on with a lower "
                         f"{flag_name(knob)} than {getattr(config, knob)}") from error
-    finally:  # whatever ended it: saves, unless a step has begun since `played` was set
+    finally:  # whatever ended it: saves, unless an iteration is half done
         if rank() == 0 and played > saved and optimizer.steps == steps:
             save_checkpoint(folder, players, played)
             saved = played

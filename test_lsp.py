@@ -956,9 +956,11 @@ def test_a_run_that_lost_something_is_refused_and_keeps_what_it_has(name, left, 
     assert before == {name: (run / name).read_bytes() for name in lsp.LOGS}
 
 def test_a_second_process_in_a_run_is_refused_with_a_clear_line(bad, capsys):
+    before = (bad / "run/config.json").read_text()
     with filelock.FileLock(bad / "run/lock-0"):
-        line = refusal(capsys, "--resume", "--out", bad / "run")
+        line = refusal(capsys, "--resume", "--out", bad / "run", "--iterations", 9)
     assert f"{bad}/run" in line and "could not be acquired" in line
+    assert (bad / "run/config.json").read_text() == before
 
 @cases("edit", [{"num_queries": "2"}, {"variant": "tournament"}, {"beta": None}, {"lr": -1.0},
                 {"frobnicate": 1}, {"world_size": 2}, {"template": "none"}], ids=str)
@@ -1003,6 +1005,13 @@ def test_a_nan_skips_the_step_and_three_in_a_row_end_the_run(tmp_path, toy, monk
     rows = lsp.read_jsonl(tmp_path / "run/metrics.jsonl")
     assert [row["skipped"] for row in rows] == [0, 1, 0, 1, 1, 1] and steps == [1, 1, 2, 2, 2, 2]
     assert rows[1]["grad_norm"] is None and math.isfinite(rows[1]["loss"])
+    calls, writes, as_jsonl = itertools.count(), itertools.count(1), lsp.as_jsonl
+    with monkeypatch.context() as patch:  # the disk is full between the two logs of a skipped iteration
+        patch.setattr(lsp, "take_step", poisoned)
+        patch.setattr(lsp, "as_jsonl", lambda rows: full_disk() if next(writes) == 4 else as_jsonl(rows))
+        with pytest.raises(OSError):
+            play(tmp_path / "half", toy, **TINY)
+    assert [row["iteration"] for row in go_on(tmp_path / "half")] == [0, 1]
     refused("--lr 1000000000000.0.*3 times in a row", play, tmp_path / "far", toy, lr=1e12,
             **{**TINY, "iterations": 12})
 
@@ -1425,23 +1434,23 @@ def misbehaving(text, nth):
     if nth <= 4 and (number + nth) % 5:
         busy = json.dumps({"error": {"message": "busy", "key": KEY}}).encode()
         kind = (number + nth) % 4
-        threading.Event().wait(3 if kind == 3 else 0)  # what comes then is not waited for
+        threading.Event().wait(20 if kind == 3 else 0)  # what comes then is not waited for
         return [(429, {"Retry-After": "0"}, busy), (500, {}, b""), "close", (400, {}, b"")][kind]
     return (200, {}, NONSENSE[number % len(NONSENSE)]) if number % 5 == 2 else longer_wins(text)
 
 def test_every_pair_ends_judged_or_null_and_none_is_asked_after_its_verdict(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluation, "TIMEOUT", 1)
+    monkeypatch.setattr(evaluation, "TIMEOUT", 5)  # a slow machine is not a hang
     with endpoint(misbehaving) as server:
         files = pairs_on_disk(tmp_path, 45, same=[0])
         right = [1.5] + [None if i % 5 == 2 else 2 - i % 2 for i in range(1, 45)]
-        assert run_judge(tmp_path, files, server.url, "--workers", "45") == right
+        assert run_judge(tmp_path, files, server.url, "--workers", "15") == right
         judged = [i for i in range(1, 45) if i % 5 != 2]
         asked = len(server.asked)
         assert asked > 110 and 0 not in server.asked  # it did misbehave; equal answers are a draw
         assert run_judge(tmp_path, files, server.url) == right  # only where there was no reply it asks again
         assert set(server.asked[asked:]) == {*range(2, 45, 5)} - {7, 17}
-    written = "".join(path.read_text() for path in tmp_path.iterdir()) + "".join(capsys.readouterr())
-    assert KEY not in written and "9 null" in written and all(server.answered.count(i) == 1 for i in judged)
+    text = "".join(path.read_text() for path in tmp_path.iterdir()) + "".join(capsys.readouterr())
+    assert KEY not in text and "9 of them null" in text and all(server.answered.count(i) == 1 for i in judged)
 
 def test_pauses_grow_and_keep_to_retry_after(monkeypatch):
     pauses, pair = [], {"instruction": "Question 0?", "output_1": "x", "output_2": "y"}
