@@ -579,7 +579,7 @@ def trace_sampling(trace, phase, model, prompts, new_tokens, token_budget):
         step = dict(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache)
         trace.run(phase, times, lambda: model(**step).logits[:, -1].float().softmax(-1))
         trace.decoding = trace.count
-        del ids, mask, cache, step
+        ids = mask = cache = step = None  # the next cache comes in its place
 
 def trace_update(trace, config, model, reference, group, groups):
     """lsp.add_gradient on groups like this one, every micro-batch like the first: that, and with

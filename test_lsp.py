@@ -3,7 +3,7 @@ that it holds and compares with an independent computation: a naive loop, an exa
 Hugging Face itself. Offline, on a CPU, in minutes: python -m pytest -q
 """
 
-import argparse, collections, contextlib, copy, dataclasses, datetime, gc, http.server, io, itertools, json
+import argparse, collections, contextlib, dataclasses, datetime, gc, http.server, io, itertools, json
 import math, os, re, shutil, signal, subprocess, sys, threading, time, types
 from pathlib import Path
 
