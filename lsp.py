@@ -1079,7 +1079,8 @@ def first_model(config):
     return str(own) if config.resume and own.exists() else config.model
 
 def invite(config):
-    """The players without their models: finds what is wrong before these are loaded."""
+    """The players without their models, but for the toy: finds what is wrong before the rest is
+    loaded."""
     players, name = Players(load_function(config.reward, "--reward"), no_judge), first_model(config)
     if config.variant == "lsp":
         players.judge = load_function(config.judge, "--judge")
@@ -1107,20 +1108,19 @@ def invite(config):
         load_tokenizer(config.reward, "--reward")
     if config.judge and not players.judge:
         load_tokenizer(config.judge, "--judge")
+    if name == "toy":
+        toy, players.tokenizer = make_toy(config.seed)
+        players.reference = toy.to(*pick_device(config.device, config.dtype))
     return players
 
 def load_models(players, config):
     """Seats the model, its frozen copy, and a reward model or judge that is no function.
     # OPEN: a model that was trained before is its own reference, and in LSP its own judge."""
     device, dtype = pick_device(config.device, config.dtype)
-    name = first_model(config)
-    if name == "toy":
-        reference, tokenizer = make_toy(config.seed)
-        reference.to(device, dtype)
-    else:
-        reference, tokenizer = load_model(name, device, dtype)
+    if not players.reference:
+        players.reference, players.tokenizer = load_model(first_model(config), device, dtype)
+    reference = players.reference
     check_rows(reference, config.model)
-    players.reference, players.tokenizer = reference, tokenizer
     players.model = copy.deepcopy(reference)
     reference.requires_grad_(False)
     players.model.activation_checkpointing_enable()
@@ -1129,7 +1129,7 @@ def load_models(players, config):
     if not players.reward:
         players.reward = RewardModel(config.reward, device, dtype)
     if not players.judge:
-        judge = reference, tokenizer
+        judge = reference, players.tokenizer
         if config.judge:
             judge = load_model(config.judge, device, dtype, "--judge")
         players.judge = SelfReward(*judge, config.sample_tokens)
