@@ -891,18 +891,13 @@ def test_every_way_out_saves_the_last_whole_iteration_but_no_half_step(
     assert_same_run(tmp_path / "run", unbroken / "lsp")
 
 def test_a_program_that_is_asked_to_end_saves_and_says_how_to_go_on(tmp_path, toy):
-    command = [sys.executable, HERE / "lsp.py", "--model", toy, "--out", "run", "--iterations", "100000"]
-    metrics = tmp_path / "run/metrics.jsonl"
-    with subprocess.Popen(command, cwd=tmp_path, env=quiet_environment(), stdout=subprocess.PIPE,
-                          text=True) as process:
-        try:
-            while not metrics.exists() or not metrics.read_text():
-                assert process.poll() is None
-                time.sleep(0.05)
-        finally:
-            process.terminate()
-        assert "go on with: python lsp.py --resume --out run" in process.stdout.read()
-    assert process.returncode == 130 and iteration_of(tmp_path / "run") > 0
+    own = write_reward(tmp_path, "lsp.calls = getattr(lsp, 'calls', 0) + 1; "  # the third time, SIGTERM
+                                 "lsp.calls == 3 and os.kill(os.getpid(), 15); "
+                                 "return lsp.toy_reward(prompts, completions)")
+    command = [sys.executable, HERE / "lsp.py", "--model", toy, "--out", "run", "--reward", own]
+    done = subprocess.run(command, cwd=tmp_path, env=quiet_environment(), capture_output=True, text=True)
+    assert "go on with: python lsp.py --resume --out run" in done.stdout
+    assert done.returncode == 130 and iteration_of(tmp_path / "run") == 2
 
 def test_a_run_saves_every_ten_minutes_too(tmp_path, toy, monkeypatch):
     clock, saved, reward, save = itertools.count(0, 250), [], lsp.toy_reward, lsp.save_checkpoint
