@@ -44,6 +44,7 @@ import runpy
 import shlex
 import shutil
 import signal
+import statistics
 import sys
 import time
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ import tokenizers
 import torch
 import torch.distributed as dist
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, hf_hub_download
 from torch.nn.functional import cross_entropy
 from torch.optim.adamw import adamw
 from torch.utils.checkpoint import checkpoint
@@ -1192,12 +1193,15 @@ def play_run(players, config, folder, start):
             save_checkpoint(folder, players, played)
             saved = played
         if played < config.iterations:
+            ranks = world_size()
+            launcher = "python" if ranks == 1 else f"torchrun --nproc-per-node {ranks}"
             say(f"saved after {saved} iterations; go on with: "
-                f"python lsp.py --resume --out {shlex.quote(config.out)}")
+                f"{launcher} lsp.py --resume --out {shlex.quote(config.out)}")
 
 def metrics(players, plays, numbers):
     """A line of metrics.jsonl, and one of plays.jsonl for each query, (q, a, R, R_Q, V, V_Q), of
     all ranks. The README has a sentence on each number."""
+    players.enter("")  # and nothing is timed until the next iteration
     tokenizer, ends = players.tokenizer, eos_ids(players.model, players.tokenizer)
     queries, answers = gather(plays.queries.texts), gather([group.texts for group in plays.answers])
     rewards = (x.tolist() for x in (plays.R, plays.R_Q, plays.V, plays.V_Q))
@@ -1219,7 +1223,6 @@ def metrics(players, plays, numbers):
            "judge_failures": sum(gather([getattr(players.judge, "failures", 0)]))}
     if players.probe:
         row.update(players.probe(players.model, tokenizer, queries))
-    players.enter("")  # and nothing is timed until the next iteration
     phases = ("sample", "reward", "update")
     row.update({f"seconds_{name}": players.seconds[name] for name in phases})
     row["seconds"] = sum(players.seconds[name] for name in phases)
@@ -1239,7 +1242,8 @@ def report(config, rows):
     if failed > len(rows) * config.num_queries * config.num_answers / 4:
         say(f"warning: {failed} grades could not be read: a weak judge; --judge names another")
     gain = lambda name: mean(last, name) - mean(first, name)
-    if gain("quality") > 0 > gain("reward") + 0.1 * abs(mean(first, "reward")):
+    noise = lambda name: statistics.pstdev(row[name] for row in first)
+    if gain("quality") > noise("quality") and -gain("reward") > noise("reward"):
         say("warning: R_Q rose while R fell: the players may have learned to please the judge")
     out = shlex.quote(config.out)
     say(f"\nmetrics.jsonl, plays.jsonl and checkpoint are in {out}; next:\n"
@@ -1260,17 +1264,22 @@ def read_prompts(name):
         rows = json.loads(text) if path.suffix == ".json" else text.split("\n")
         for number, row in enumerate(rows, 1):
             with blame(f"--prompts {name}: entry {number}: no text under `instruction` or `input`"):
-                if row != "":
-                    row = json.loads(row) if isinstance(row, str) else row
-                    parts = [row["instruction"], row.get("input")]
-                    prompts.append("\n\n".join(part for part in parts if part))
-                    prompts[-1].encode()  # refuses a lone surrogate
+                if path.suffix == ".jsonl":
+                    if not row.strip():
+                        continue
+                    row = json.loads(row)
+                parts = [row["instruction"], row.get("input")]
+                prompts.append("\n\n".join(part for part in parts if part))
+                prompts[-1].encode()  # refuses a lone surrogate
     return prompts
 
 def dataset_file(name):
-    """The largest .json or .jsonl file of a dataset on the hub, downloaded."""
-    folder = snapshot_download(name, repo_type="dataset", allow_patterns=["*.json", "*.jsonl"])
-    return max(Path(folder).rglob("*.json*"), key=lambda path: path.stat().st_size)
+    """The first .json or .jsonl file of a dataset on the hub, downloaded."""
+    files = HfApi().list_repo_files(name, repo_type="dataset")
+    data = [f for f in files if f.endswith((".json", ".jsonl")) and "info" not in f]
+    if not data:
+        raise ValueError("the dataset has no .json or .jsonl file")
+    return hf_hub_download(name, data[0], repo_type="dataset")
 
 def make_parser(prog="lsp.py", description="Language Self-Play: see the head of this file."):
     """Every field of Config as a flag; what is not given is not in the result."""
@@ -1279,7 +1288,8 @@ def make_parser(prog="lsp.py", description="Language Self-Play: see the head of 
         kind = dict(type=f.type, choices=f.metadata["choices"])
         if f.type is bool:
             kind = dict(action="store_true")
-        shown = f" [{f.default}; toy: {TOY.get(f.name, 'same')}]" if f.default else ""
+        toy = f"; toy: {TOY[f.name]}" if f.name in TOY else ""
+        shown = f" [{f.default}{toy}]" if f.default else ""
         parser.add_argument(flag_name(f.name), default=argparse.SUPPRESS, **kind,
                             help=f.metadata["help"] + shown)
     return parser

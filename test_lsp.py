@@ -1193,13 +1193,11 @@ def test_prompts_come_from_files_of_every_kind_and_from_a_dataset_of_the_hub(tmp
     odd = "a\u2028b\x0cc\x85d"  # looks like lines, is one
     rows = [{"instruction": "Add", "input": "1 2", "output": "3"}, {"instruction": odd, "input": ""}]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    (tmp_path / "a.jsonl").write_text(lsp.as_jsonl(rows) + "\n", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(lsp.as_jsonl(rows) + " \n\n", encoding="utf-8")
     (tmp_path / "a.txt").write_text(f"\ufeffone\r\n\n  {odd} \n", encoding="utf-8")
-    (tmp_path / "hub").mkdir()
-    (tmp_path / "hub/dataset_infos.json").write_text("{}")
-    shutil.copy(tmp_path / "a.json", tmp_path / "hub/train.json")
-    hub = {("tatsu-lab/alpaca", "dataset"): str(tmp_path / "hub")}
-    monkeypatch.setattr(lsp, "snapshot_download", lambda name, repo_type, **_: hub[name, repo_type])
+    listed = types.SimpleNamespace(list_repo_files=lambda name, repo_type: ["README.md", "a.json"])
+    monkeypatch.setattr(lsp, "HfApi", lambda: listed)
+    monkeypatch.setattr(lsp, "hf_hub_download", lambda name, file, repo_type: str(tmp_path / file))
     for name in (f"{tmp_path}/a.json", f"{tmp_path}/a.jsonl", "tatsu-lab/alpaca"):
         assert lsp.read_prompts(name) == ["Add\n\n1 2", odd]
     assert lsp.read_prompts(f"{tmp_path}/a.txt") == ["one", odd]
