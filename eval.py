@@ -35,6 +35,7 @@ from huggingface_hub.errors import HTTPError
 from torch.utils import _python_dispatch, _pytree, benchmark, flop_counter
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import DynamicCache
 
 import lsp
 from lsp import UserError
@@ -567,19 +568,29 @@ def tensors(tree):
     return [x for x in _pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 @torch.no_grad()
-def trace_sampling(trace, phase, model, prompts, new_tokens, token_budget):
+def trace_sampling(trace, phase, model, prompts, length, new_tokens, token_budget):
     """lsp.sample, every batch like the first: the prefill; a decoding step half way, for all of
     them; and the last one, for its memory alone."""
-    start = len(prompts[0])
-    rows = min(len(prompts), max(1, token_budget // (start + new_tokens)))
-    batches = math.ceil(len(prompts) / rows)
-    trace.run(phase, batches, lsp.prefill, model, prompts[:rows])
-    for width, times in ((start + new_tokens // 2, batches * new_tokens), (start + new_tokens, 0)):
-        ids, mask, cache = trace.run(phase, 0, lsp.prefill, model, [[0] * width] * rows)
-        step = dict(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache)
-        trace.run(phase, times, lambda: model(**step).logits[:, -1].float().softmax(-1))
+    def forward(cache, tokens):
+        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        mask = torch.ones(rows, cache.get_seq_length() + tokens, dtype=torch.long)
+        model(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1
+              ).logits[:, -1].float().softmax(-1)
+
+    def prefill(width):
+        cache = DynamicCache(config=model.config)
+        for start in range(0, width, lsp.PREFILL_TOKENS):
+            forward(cache, min(lsp.PREFILL_TOKENS, width - start))
+        return cache
+
+    rows = min(prompts, max(1, token_budget // (length + new_tokens)))
+    batches = math.ceil(prompts / rows)
+    trace.run(phase, batches, prefill, length)
+    for done, times in ((new_tokens // 2, batches * (new_tokens - 1)), (new_tokens - 1, 0)):
+        cache = trace.run(phase, 0, prefill, length + done)
+        trace.run(phase, times, forward, cache, 1)
         trace.decoding = trace.count
-        ids = mask = cache = step = None  # the next cache comes in its place
+        del cache  # the next comes in its place
 
 def trace_update(trace, config, model, reference, group, groups):
     """lsp.add_gradient on groups like this one, every micro-batch like the first: that, and with
@@ -603,8 +614,7 @@ def trace_run(config):
     """(Trace of an iteration, the reference's bytes, a checkpoint's bytes)"""
     N, G, budget = config.num_queries, config.num_answers, config.sample_tokens
     query, answer, variant = config.max_query_tokens, config.max_answer_tokens, config.variant
-    box, chats = [0] * BOX, [[1 + i // G] * (TURN + query) for i in range(N * G)]
-    graded = [[1 + i] * (TURN + query + answer) for i in range(N * G)]
+    chat = TURN + query
 
     def build(flag, name, auto_class=AutoModelForCausalLM):
         if ".py:" in name:  # a function takes nothing
@@ -619,18 +629,20 @@ def trace_run(config):
         optimizer = lsp.AdamW(model.parameters(), config.lr, config.optimizer_bits)
         model.activation_checkpointing_enable()
         if variant != "grpo":
-            trace_sampling(trace, "queries", model, [box] * N, query, budget)
-        trace_sampling(trace, "answers", model, chats, answer, budget)
+            trace_sampling(trace, "queries", model, N, BOX, query, budget)
+        trace_sampling(trace, "answers", model, N * G, chat, answer, budget)
         if reward:
-            one = torch.tensor(graded[:1])
+            one = torch.zeros(1, chat + answer, dtype=torch.long)
             with torch.no_grad():
                 trace.run("reward", N * G, lambda: reward.base_model(one, use_cache=False))
         if variant == "lsp" and judge:
-            exchanges = [box + chat[TURN:] for chat in graded]
-            trace_sampling(trace, "self-reward", judge, exchanges, lsp.JUDGE_TOKENS, budget)
-        trace_update(trace, config, model, reference, lsp.Group(chats[0], [[0] * answer] * G), N)
+            trace_sampling(trace, "self-reward", judge, N * G, BOX + query + answer,
+                           lsp.JUDGE_TOKENS, budget)
+        solver = lsp.Group([0] * chat, [[0] * answer] * G)
+        trace_update(trace, config, model, reference, solver, N)
         if variant != "grpo":
-            trace_update(trace, config, model, reference, lsp.Group(box, [[0] * query] * N), 1)
+            challenger = lsp.Group([0] * BOX, [[0] * query] * N)
+            trace_update(trace, config, model, reference, challenger, 1)
         trace.run("step", 1, optimizer.step)
     weights = sum(p.nbytes for p in model.parameters())
     saved = weights + sum(x.nbytes for state in optimizer.state for x in state)

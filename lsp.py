@@ -56,12 +56,12 @@ import tokenizers
 import torch
 import torch.distributed as dist
 import transformers
-from huggingface_hub import HfApi, hf_hub_download
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim.adamw import adamw
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 # 1. Algorithm 1 ----------------------------------------------------------------------------------
 # The formulas are pure and need torch alone: the block can be cut out.
@@ -163,12 +163,12 @@ class Group:
 @dataclass
 class Players:
     """One model in two roles, the frozen model that it is held to, and who rewards it."""
+    model: object
+    reference: object
+    tokenizer: object
+    optimizer: object
     reward: object                    # R, a function of TRL's shape
     judge: object                     # R_Q, likewise; no_judge but in LSP
-    model: object = None
-    reference: object = None
-    tokenizer: object = None
-    optimizer: object = None
     prompts: list[str] | None = None  # GRPO: the file's queries; else the Challenger writes them
     probe: object = None              # (model, tokenizer, queries) -> more numbers for the log
     seconds: collections.Counter = field(default_factory=collections.Counter)  # by phase
@@ -424,6 +424,7 @@ def check_rows(model, name):
 
 # 5. Sampler: Hugging Face generate, from exactly the distribution that is scored -----------------
 SAMPLE_TOKENS = 98304  # prompt and completion tokens in flight: a KV cache of 10.5 GiB at 3B
+PREFILL_TOKENS = 256   # of every prompt at a time, so that long prompts take no more memory
 
 def eos_ids(model, tokenizer):
     """Every token id that ends a turn: instruct models list several."""
@@ -454,18 +455,18 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, token_bud
     model.eval()
     ends, lengths = eos_ids(model, tokenizer), [len(p) + max_new_tokens for p in prompts]
     check_length("a prompt", max(lengths, default=0), model.config)
-    settings = dict(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0],
-                    do_sample=False, remove_invalid_values=True)  # take_step tells of a NaN
-    if temperature > 0:
-        settings.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
-                        repetition_penalty=1.0)
-    settings = transformers.GenerationConfig(**settings)
+    settings = transformers.GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0],
+        do_sample=temperature > 0, temperature=temperature, top_k=0, top_p=1.0,
+        repetition_penalty=1.0, prefill_chunk_size=PREFILL_TOKENS,
+        remove_invalid_values=True)  # take_step tells of a NaN
     completions, own_defaults = [None] * len(prompts), model.generation_config
     model.generation_config = transformers.GenerationConfig()  # its own fills in what is not set
     try:
         for batch in batch_by_tokens(lengths, token_budget):
-            ids, mask, cache = prefill(model, [prompts[i] for i in batch])
-            out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache,
+            ids = pad_sequence([torch.tensor(prompts[i]) for i in batch], batch_first=True,
+                               padding_value=-1, padding_side="left").to(model.device)
+            out = model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long(),
                                  generation_config=settings)
             for i, new in zip(batch, out[:, ids.shape[1]:].tolist()):
                 first = next((n for n, token in enumerate(new) if token in ends), len(new))
@@ -473,34 +474,6 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, token_bud
     finally:
         model.generation_config = own_defaults
     return completions
-
-def prefill(model, prompts):
-    """Computes what the prompts share once: (ids, mask, KV cache of all but the last column).
-    Equal prompts, a query's G copies, are one row until the end; what all begin with, the criteria
-    of Box 3, is one row of its own. A row is [shared | padding | rest], and the mask and the
-    positions pass over the padding."""
-    row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    unique, device = list(row_of), model.device
-    width = max(map(len, unique))
-    shared = min(len(os.path.commonprefix(unique)), min(map(len, unique)) - 1)
-    ids, mask = [], []
-    for prompt in unique:
-        padding = width - len(prompt)
-        ids.append(prompt[:shared] + (0,) * padding + prompt[shared:])
-        mask.append([1] * shared + [0] * padding + [1] * (len(prompt) - shared))
-    ids, mask = torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-    copies = torch.tensor([row_of[tuple(prompt)] for prompt in prompts], device=device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
-    if shared:
-        model.base_model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
-        cache.batch_select_indices(torch.zeros_like(ids[:, 0]))
-    if shared < width - 1:
-        model.base_model(input_ids=ids[:, shared:-1], attention_mask=mask[:, :-1], use_cache=True,
-                         position_ids=positions[:, shared:-1], past_key_values=cache)
-    if width > 1:
-        cache.batch_select_indices(copies)
-    return ids[copies], mask[copies], cache
 
 # 6. Rewards and judge, of TRL's shape: reward(prompts=[...], completions=[...], **_) -> [float] --
 JUDGE_TOKENS = 160  # Box 3 asks for a sentence or two, a sum and a tag
@@ -694,8 +667,7 @@ class Config:
     reward: str = flag("Skywork/Skywork-Reward-V2-Llama-3.2-3B",
                        "id or folder of a classifier with one label, or FILE.py:FUNCTION")
     judge: str = flag("", "lsp: id or folder of a chat model, or FILE.py:FUNCTION [the reference]")
-    prompts: str = flag("", "grpo: FILE.txt (a query a line), .json, .jsonl (`instruction`, maybe "
-                            "`input`), or the id of a dataset with such a file")
+    prompts: str = flag("", "grpo: FILE.txt, a query a line, or Alpaca's FILE.json (`instruction`)")
     task: str = flag("Follow one instruction, of any kind that people bring to a text assistant: "
                      "writing, reasoning, code, advice.", "what the Challenger writes inputs for")
     template: str = flag("<input>{input}</input>", "the frame in which the Challenger writes")
@@ -904,23 +876,12 @@ def open_folder(config):
         Path(folder).mkdir(parents=True, exist_ok=True)
     return folder
 
-def keep_beginning(folder, players, config):
-    """Keeps the settings, and a copy of the first model, as others may change or delete it."""
-    settings = asdict(replace(config, resume=False)) | {"world_size": world_size()}
-    write_atomically(folder / "config.json", json.dumps(settings, indent=2))
-    own, part = folder / "reference", folder / "reference.part"
-    if not own.exists():
-        shutil.rmtree(part, ignore_errors=True)
-        players.reference.save_pretrained(part)
-        players.tokenizer.save_pretrained(part)
-        os.replace(part, own)
-
 def save_checkpoint(folder, players, iteration):
     """Weights in Hugging Face format and trainer.pt beside them, written elsewhere and then put in
     `checkpoint`'s place: a kill at any moment leaves a whole one."""
     part, optimizer = folder / "checkpoint.part", players.optimizer
     shutil.rmtree(part, ignore_errors=True)
-    with blame(f"--out {folder}: cannot save; make room, then go on with --resume"):
+    with blame(f"--out {folder}: cannot save"):
         players.model.save_pretrained(part)
         players.tokenizer.save_pretrained(part)
         torch.save({"iteration": iteration, "logs": [flush(folder / name) for name in LOGS],
@@ -928,21 +889,22 @@ def save_checkpoint(folder, players, iteration):
         for path in part.glob("*.*"):
             flush(path)
         os.replace(part, folder / "checkpoint.new")
-    find_checkpoint(folder)
+        finish_save(folder)
 
-def find_checkpoint(folder):
-    """A run's checkpoint, or None. A new one that is whole takes the place of the one before."""
-    final, new = folder / "checkpoint", folder / "checkpoint.new"
-    if new.exists():
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(new, final)
-    return final if final.exists() else None
+def finish_save(folder):
+    """A new checkpoint that is whole takes the place of the one before."""
+    if (folder / "checkpoint.new").exists():
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+        os.replace(folder / "checkpoint.new", folder / "checkpoint")
 
 def load_checkpoint(folder, optimizer):
     """Takes weights, optimiser and logs back to the checkpoint: what was logged later is played
     again. Returns its iteration."""
+    if rank() == 0:
+        finish_save(folder)
+    gather([])  # the other ranks wait
     found = folder / "checkpoint"
-    with blame(f"--resume: {found}; a new run can begin from its weights: --model {found}"):
+    with blame(f"--resume: {found}"):
         saved = torch.load(found / "trainer.pt", "cpu", weights_only=True, mmap=True)
         for name, size in zip(LOGS, saved["logs"]):
             if flush(folder / name) < size:
@@ -951,14 +913,6 @@ def load_checkpoint(folder, optimizer):
                 os.truncate(folder / name, size)
         optimizer.restore(saved["steps"], saved["state"])
         return saved["iteration"]
-
-def check_disk(folder, players):
-    """Refuses a disk without room for two checkpoints: one stays until the next is whole."""
-    kept = [*players.model.parameters(), *(x for state in players.optimizer.state for x in state)]
-    size, free = sum(x.nbytes for x in kept) / 1e9, shutil.disk_usage(folder).free / 1e9
-    if free < size * (1 if find_checkpoint(folder) else 2):
-        raise UserError(f"--out {folder}: {free:.1f} GB free; a checkpoint takes {size:.1f} GB, "
-                        "and there are two while saving")
 
 # 10. Toy game: a Llama of 0.1 M parameters that has seen noisy homework --------------------------
 PRODUCT = re.compile(r"([0-9])x([0-9])")
@@ -981,10 +935,6 @@ def toy_reward(prompts, completions, **_):
     return [float(m is not None and completion == str(int(m[1]) * int(m[2])))
             for m, completion in zip(asked, completions)]
 
-def toy_quality(prompts, completions, **_):
-    """1 for a well-formed query, else 0: what `valid` counts. R_Q is the judge's own grade."""
-    return [float(PRODUCT.fullmatch(prompt) is not None) for prompt in prompts]
-
 @torch.no_grad()
 def toy_table(model, tokenizer):
     """How likely the Solver is to answer a x b rightly at temperature 1, exactly. -> (10, 10)"""
@@ -994,8 +944,9 @@ def toy_table(model, tokenizer):
 
 def toy_probe(model, tokenizer, queries):
     """accuracy: held out, the mean over the whole table. valid: share of well-formed queries."""
+    valid = [PRODUCT.fullmatch(query) is not None for query in queries]
     accuracy = toy_table(model, tokenizer).mean().item()
-    return {"accuracy": accuracy, "valid": sum(toy_quality(queries, queries)) / len(queries)}
+    return {"accuracy": accuracy, "valid": statistics.fmean(valid)}
 
 @functools.cache
 def toy_group(tokenizer, content, *replies):
@@ -1074,85 +1025,61 @@ def make_toy(seed, wrong_grades=0.05, steps=1200, batch=32):
     return model.eval(), tokenizer
 
 # 11. Command line --------------------------------------------------------------------------------
-def first_model(config):
-    """What a run begins with: --model, or the copy of it that a resumed run has kept."""
-    own = Path(config.out, "reference")
-    return str(own) if config.resume and own.exists() else config.model
-
-def invite(config):
-    """The players without their models, but for the toy: finds what is wrong before the rest is
-    loaded."""
-    players, name = Players(load_function(config.reward, "--reward"), no_judge), first_model(config)
-    if config.variant == "lsp":
-        players.judge = load_function(config.judge, "--judge")
-    if config.prompts:
-        players.prompts = read_prompts(config.prompts)
-    if is_toy(name):  # it brings its own reward and queries, and a measure that is held out
-        players.probe = toy_probe
-        if config.reward == "toy":
-            players.reward = toy_reward
-        if config.variant == "grpo" and not config.prompts:
-            players.prompts = toy_data(config.seed)[0]
-    if config.variant == "grpo":
-        if not players.prompts:
-            raise UserError(f"--prompts {config.prompts or '(left out)'}: no queries for GRPO")
-        order = random.Random(f"{config.seed}/0")
-        players.prompts = order.sample(players.prompts, len(players.prompts))
-    if name != "toy":
-        tokenizer = load_tokenizer(name)
-        arch = from_hub("--model", name, AutoConfig.from_pretrained)
-        if players.prompts:
-            longest = max(players.prompts, key=len)
-            tokens = len(encode_query(tokenizer, longest)) + config.max_answer_tokens
-            check_length(f"--prompts {config.prompts}: {longest[:50]!r}", tokens, arch)
-    if not players.reward:
-        load_tokenizer(config.reward, "--reward")
-    if config.judge and not players.judge:
-        load_tokenizer(config.judge, "--judge")
-    if name == "toy":
-        toy, players.tokenizer = make_toy(config.seed)
-        players.reference = toy.to(*pick_device(config.device, config.dtype))
-    return players
-
-def load_models(players, config):
-    """Seats the model, its frozen copy, and a reward model or judge that is no function.
+def load_players(config):
+    """All who play, and what the toy brings: its reward, queries, and a measure that is held out.
     # OPEN: a model that was trained before is its own reference, and in LSP its own judge."""
+    name = f"{config.out}/reference" if config.resume else config.model
+    toy, judge, prompts = is_toy(name), no_judge, None
+    reward = toy_reward if config.reward == "toy" else load_function(config.reward, "--reward")
+    if config.variant == "lsp":
+        judge = load_function(config.judge, "--judge")
+    if config.variant == "grpo":
+        if not (config.prompts or toy):
+            raise UserError("--prompts: --variant grpo needs a file of queries")
+        prompts = read_prompts(config.prompts) if config.prompts else toy_data(config.seed)[0]
+        prompts = random.Random(f"{config.seed}/0").sample(prompts, len(prompts))
+    named = {"--model": (name, name == "toy"), "--reward": (config.reward, reward),
+             "--judge": (config.judge, judge)}
+    for flag, (other, there) in named.items():
+        if other and not there:  # what is wrong with it is told before the first model is loaded
+            load_tokenizer(other, flag)
     device, dtype = pick_device(config.device, config.dtype)
-    if not players.reference:
-        players.reference, players.tokenizer = load_model(first_model(config), device, dtype)
-    reference = players.reference
+    reference, tokenizer = (make_toy(config.seed) if name == "toy" else
+                            load_model(name, device, dtype))
+    reference = reference.to(device, dtype).requires_grad_(False)
+    if prompts:
+        longest = max(prompts, key=len)
+        tokens = len(encode_query(tokenizer, longest)) + config.max_answer_tokens
+        check_length(f"--prompts {config.prompts}: {longest[:50]!r}", tokens, reference.config)
     check_rows(reference, config.model)
-    players.model = copy.deepcopy(reference)
-    reference.requires_grad_(False)
-    players.model.activation_checkpointing_enable()
-    weights = players.model.parameters()
-    players.optimizer = AdamW(weights, config.lr, config.optimizer_bits, config.seed)
-    if not players.reward:
-        players.reward = RewardModel(config.reward, device, dtype)
-    if not players.judge:
-        judge = reference, players.tokenizer
+    model = copy.deepcopy(reference).requires_grad_(True)
+    model.activation_checkpointing_enable()
+    optimizer = AdamW(model.parameters(), config.lr, config.optimizer_bits, config.seed)
+    reward = reward or RewardModel(config.reward, device, dtype)
+    if not judge:
+        chat = reference, tokenizer
         if config.judge:
-            judge = load_model(config.judge, device, dtype, "--judge")
-        players.judge = SelfReward(*judge, config.sample_tokens)
+            chat = load_model(config.judge, device, dtype, "--judge")
+        judge = SelfReward(*chat, config.sample_tokens)
+    return Players(model, reference, tokenizer, optimizer, reward, judge, prompts,
+                   toy_probe if toy else None)
 
 def train(config):
     """Plays a run, new or resumed, to its end. Returns its Config and the rows of metrics.jsonl."""
-    players = invite(config)
-    load_models(players, config)
+    players = load_players(config)
     [out] = gather([open_folder(config)] if rank() == 0 else [])
-    config = replace(config, out=out)
+    config, start = replace(config, out=out), 0
     folder = Path(out).absolute()  # a reward function may change the working directory
     with filelock.FileLock(folder / f"lock-{rank()}", timeout=0):
+        if config.resume:
+            start = load_checkpoint(folder, players.optimizer)
+        elif rank() == 0:  # the first model is kept: others may change or delete it
+            players.reference.save_pretrained(folder / "reference")
+            players.tokenizer.save_pretrained(folder / "reference")
+            save_checkpoint(folder, players, 0)
         if rank() == 0:
-            keep_beginning(folder, players, config)
-            check_disk(folder, players)
-            if not find_checkpoint(folder):  # so there is always one to go back to
-                if any(flush(folder / name) for name in LOGS):
-                    raise UserError(f"--resume: {folder}/checkpoint is lost: put it back, or begin "
-                                    "a new run")
-                save_checkpoint(folder, players, 0)
-        gather([])
-        start = load_checkpoint(folder, players.optimizer) if config.resume else 0
+            settings = asdict(replace(config, resume=False)) | {"world_size": world_size()}
+            write_atomically(folder / "config.json", json.dumps(settings, indent=2))
         play_run(players, config, folder, start)
         gather([])  # the other ranks wait until rank 0 has saved: what follows may read the folder
     return config, read_jsonl(folder / LOGS[0])
@@ -1211,7 +1138,7 @@ def metrics(players, plays, numbers):
     ids = gather([ids for group in plays.answers for ids in group.completions])
     tokens = tokenizer(queries, add_special_tokens=False)["input_ids"]
     pairs = [pair for query in tokens for pair in zip(query, query[1:])]
-    total, mean = plays.R + plays.R_Q, lambda values: sum(values) / len(values)
+    total, mean = plays.R + plays.R_Q, statistics.fmean
     row = {"iteration": plays.iteration, "reward": mean(plays.V.tolist()),
            "quality": mean(plays.V_Q.tolist()), **numbers,
            "answer_tokens": mean([len(answer) for answer in ids]),
@@ -1250,36 +1177,20 @@ def report(config, rows):
         f"  python eval.py plot {out} --out run.png\n  python eval.py plays {out} --worst")
 
 def read_prompts(name):
-    """The queries of a .txt file (one a line) or of Alpaca's .json or .jsonl (`instruction`, maybe
-    `input`), here or in a dataset on the Hugging Face hub."""
-    path, prompts = Path(name), []
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w-]+", name):
-        path = Path(from_hub("--prompts", name, dataset_file))
+    """The queries of a .txt file, one a line, or of Alpaca's .json: `instruction`, with `input`."""
     with blame(f"--prompts {name}"):
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".txt":
-            return [line.strip() for line in text.split("\n") if line.strip()]
-        if path.suffix not in (".json", ".jsonl"):
-            raise ValueError("a .txt, .json or .jsonl file is needed")
-        rows = json.loads(text) if path.suffix == ".json" else text.split("\n")
-        for number, row in enumerate(rows, 1):
-            with blame(f"--prompts {name}: entry {number}: no text under `instruction` or `input`"):
-                if path.suffix == ".jsonl":
-                    if not row.strip():
-                        continue
-                    row = json.loads(row)
-                parts = [row["instruction"], row.get("input")]
-                prompts.append("\n\n".join(part for part in parts if part))
-                prompts[-1].encode()  # refuses a lone surrogate
+        text, prompts = Path(name).read_text(encoding="utf-8-sig"), []
+        if name.endswith(".txt"):
+            prompts = [line.strip() for line in text.split("\n") if line.strip()]
+        elif name.endswith(".json"):
+            for number, row in enumerate(json.loads(text), 1):
+                with blame(f"--prompts {name}: entry {number}: no text under `instruction`"):
+                    parts = row["instruction"], row.get("input")
+                    prompts.append("\n\n".join(part for part in parts if part))
+                    prompts[-1].encode()  # refuses a lone surrogate
+        if not prompts:
+            raise ValueError("no queries: a .txt or .json file that holds some is needed")
     return prompts
-
-def dataset_file(name):
-    """The first .json or .jsonl file of a dataset on the hub, downloaded."""
-    files = HfApi().list_repo_files(name, repo_type="dataset")
-    data = [f for f in files if f.endswith((".json", ".jsonl")) and "info" not in f]
-    if not data:
-        raise ValueError("the dataset has no .json or .jsonl file")
-    return hf_hub_download(name, data[0], repo_type="dataset")
 
 def make_parser(prog="lsp.py", description="Language Self-Play: see the head of this file."):
     """Every field of Config as a flag; what is not given is not in the result."""
