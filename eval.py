@@ -30,12 +30,11 @@ from pathlib import Path
 import filelock
 import numpy as np
 import torch
+import transformers
 from huggingface_hub import get_session, hf_hub_download
 from huggingface_hub.errors import HTTPError
 from torch.utils import _python_dispatch, _pytree, benchmark, flop_counter
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers import DynamicCache
 
 import lsp
 from lsp import UserError
@@ -359,8 +358,8 @@ def plays(args):
     chosen = [play for play in latest_first if args.iteration in (None, play["iteration"])]
     if not chosen:
         raise UserError(f"--iteration {args.iteration}: no such plays in {args.run_dir}")
-    if args.worst or args.best:
-        chosen.sort(key=lambda play: play["V"], reverse=args.best)
+    if args.worst:
+        chosen.sort(key=lambda play: play["V"])
     for play in chosen[:args.count]:
         show_play(play)
 
@@ -397,15 +396,14 @@ def play_seed(job):
             os.replace(part, folder / name)
 
 def play_all(args):
-    """Plays all runs, in several processes and under one bar. Returns the seeds' folders."""
+    """Plays all runs, in a process a CPU and under one bar. Returns the seeds' folders."""
     home, jobs = Path("runs/figures", f"{args.iterations}-iterations"), []
-    for i in range(args.seeds):
-        seed = args.first_seed + i
-        runs = EXPERIMENTS | NOISY if i < JUDGE_SEEDS else EXPERIMENTS
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        runs = EXPERIMENTS | NOISY if len(jobs) < JUDGE_SEEDS else EXPERIMENTS
         jobs.append((home / f"seed-{seed}", seed, args.iterations, runs))
     home.mkdir(parents=True, exist_ok=True)
     make_pool = multiprocessing.get_context("spawn").Pool
-    with filelock.FileLock(home / "lock", timeout=0), make_pool(args.workers, start_worker) as pool:
+    with filelock.FileLock(home / "lock", timeout=0), make_pool(None, start_worker) as pool:
         list(tqdm(pool.imap_unordered(play_seed, jobs), total=len(jobs), desc="seeds"))
     return [folder for folder, *_ in jobs]
 
@@ -423,7 +421,7 @@ def mean_and_error(values):
     return values.mean(0), values.std(0, ddof=len(values) > 1) / math.sqrt(len(values))
 
 def load_toy(folder):
-    return lsp.load_model(str(folder), torch.device("cpu"), torch.float32)
+    return lsp.load_model(str(folder), *lsp.pick_device("cpu"))
 
 def judge_accuracy(run):
     """How often the judge of a run gives exchanges from outside its homework the right grade."""
@@ -520,7 +518,6 @@ def figures(args):
     save_figure(draw_tables(folders[0] / "lsp"), "docs/tables.png")
 
 # 7. Plan: lsp.py's own code on fake tensors, which have shapes and no contents -------------------
-GIB = 2**30
 TURN, BOX = 64, 384  # tokens that a chat template, and Box 1 or Box 3, take at the most
 SPARE = 0.1          # of a card is left free: kernels' workspace, CUDA's context, fragmentation
 LAUNCH = 20e-6       # seconds in which Python and the driver get one operation to a GPU
@@ -569,31 +566,26 @@ def tensors(tree):
 
 @torch.no_grad()
 def trace_sampling(trace, phase, model, prompts, length, new_tokens, token_budget):
-    """lsp.sample, every batch like the first: the prefill; a decoding step half way, for all of
-    them; and the last one, for its memory alone."""
-    def forward(cache, tokens):
-        ids = torch.zeros(rows, tokens, dtype=torch.long)
-        mask = torch.ones(rows, cache.get_seq_length() + tokens, dtype=torch.long)
-        model(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1
-              ).logits[:, -1].float().softmax(-1)
-
-    def prefill(width):
-        cache = DynamicCache(config=model.config)
-        for start in range(0, width, lsp.PREFILL_TOKENS):
-            forward(cache, min(lsp.PREFILL_TOKENS, width - start))
-        return cache
+    """lsp.sample, every batch like the first: the prompts, and then two decoding steps."""
+    def read(width):
+        """Goes on from where the cache ends, as generate does."""
+        while (done := cache.get_seq_length()) < width:
+            new = min(lsp.PREFILL_TOKENS, width - done)
+            out = model(ids[:, :new], attention_mask=ids[:, :done + new], past_key_values=cache,
+                        logits_to_keep=1)
+            out.logits[:, -1].float().softmax(-1)
 
     rows = min(prompts, max(1, token_budget // (length + new_tokens)))
-    batches = math.ceil(prompts / rows)
-    trace.run(phase, batches, prefill, length)
-    for done, times in ((new_tokens // 2, batches * (new_tokens - 1)), (new_tokens - 1, 0)):
-        cache = trace.run(phase, 0, prefill, length + done)
-        trace.run(phase, times, forward, cache, 1)
+    batches, cache = math.ceil(prompts / rows), transformers.DynamicCache(config=model.config)
+    ids = trace.run("", 0, lambda: torch.ones(rows, length + new_tokens, dtype=torch.long))
+    trace.run(phase, batches, read, length)
+    for new, times in ((new_tokens // 2, batches * (new_tokens - 1)), (new_tokens, 0)):
+        trace.run("", 0, read, length + new - 1)  # not counted: generate goes by single tokens
+        trace.run(phase, times, read, length + new)  # half way, for all; the last, for its memory
         trace.decoding = trace.count
-        del cache  # the next comes in its place
 
-def trace_update(trace, config, model, reference, group, groups):
-    """lsp.add_gradient on groups like this one, every micro-batch like the first: that, and with
+def trace_update(trace, config, model, reference, groups, prompt, completions, length):
+    """lsp.add_gradient on so many groups, every micro-batch like the first: that, and with
     gradients there one for all others."""
     def micro_batch():
         rows = lsp.lay_out([part] * size, model.dtype, model.device)
@@ -602,10 +594,10 @@ def trace_update(trace, config, model, reference, group, groups):
         log_probs = lsp.completion_log_probs(model.train(), rows)
         lsp.policy_loss(log_probs, ref_log_probs, rows.advantage, rows.mask, 1.0).backward()
 
-    room = min(lsp.ROW_TOKENS, config.update_tokens) - len(group.prompt)
-    K = min(len(group.completions), max(1, room // len(group.completions[0])))
-    part = lsp.Group(group.prompt, group.completions[:K], [], [0.0] * K)
-    parts = groups * math.ceil(len(group.completions) / K)
+    room = min(lsp.ROW_TOKENS, config.update_tokens) - prompt
+    K = min(completions, max(1, room // length))
+    part = lsp.Group([0] * prompt, [[0] * length] * K, [], [0.0] * K)
+    parts = groups * math.ceil(completions / K)
     size = min(parts, max(1, config.update_tokens // part.tokens))
     trace.run("update", 1, micro_batch)
     trace.run("update", math.ceil(parts / size) - 1, micro_batch)
@@ -616,16 +608,16 @@ def trace_run(config):
     query, answer, variant = config.max_query_tokens, config.max_answer_tokens, config.variant
     chat = TURN + query
 
-    def build(flag, name, auto_class=AutoModelForCausalLM):
+    def build(flag, name, auto_class=transformers.AutoModelForCausalLM):
         if ".py:" in name:  # a function takes nothing
             return None
-        arch = lsp.from_hub(flag, name, AutoConfig.from_pretrained)
+        arch = lsp.from_hub(flag, name, transformers.AutoConfig.from_pretrained)
         return auto_class.from_config(arch, dtype=getattr(torch, config.dtype)).eval()
 
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True), Trace() as trace:
         model, reference = build("--model", config.model), build("--model", config.model)
         judge = build("--judge", config.judge) if config.judge else reference
-        reward = build("--reward", config.reward, AutoModelForSequenceClassification)
+        reward = build("--reward", config.reward, transformers.AutoModelForSequenceClassification)
         optimizer = lsp.AdamW(model.parameters(), config.lr, config.optimizer_bits)
         model.activation_checkpointing_enable()
         if variant != "grpo":
@@ -638,12 +630,11 @@ def trace_run(config):
         if variant == "lsp" and judge:
             trace_sampling(trace, "self-reward", judge, N * G, BOX + query + answer,
                            lsp.JUDGE_TOKENS, budget)
-        solver = lsp.Group([0] * chat, [[0] * answer] * G)
-        trace_update(trace, config, model, reference, solver, N)
+        trace_update(trace, config, model, reference, N, chat, G, answer)
         if variant != "grpo":
-            challenger = lsp.Group([0] * BOX, [[0] * query] * N)
-            trace_update(trace, config, model, reference, challenger, 1)
+            trace_update(trace, config, model, reference, 1, BOX, N, query)
         trace.run("step", 1, optimizer.step)
+    del trace.peaks[""]
     weights = sum(p.nbytes for p in model.parameters())
     saved = weights + sum(x.nbytes for state in optimizer.state for x in state)
     return trace, weights, saved
@@ -666,7 +657,7 @@ def measure(device, dtype):
 
 def show_cards(config, peaks, launches, rates):
     """Prints how long it takes and whether it fits, on some cards and here."""
-    peak = max(peaks.values()) / GIB
+    peak = max(peaks.values()) / 2**30
     fit = lambda gib: f"{peak:.1f} of {gib:.1f} GiB: " + (
         "fits" if peak < (1 - SPARE) * gib else "DOES NOT FIT")
     for name, (flops, bandwidth, gib) in CARDS.items():
@@ -679,7 +670,7 @@ def show_cards(config, peaks, launches, rates):
           f"{flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s and {launch * 1e6:.1f} "
           "microseconds an operation measured now")
     if device.type == "cuda":
-        print(fit(torch.cuda.get_device_properties(device).total_memory / GIB))
+        print(fit(torch.cuda.get_device_properties(device).total_memory / 2**30))
 
 def plan(args):
     """Prints a run's memory, work, time and disk, computed before it is run."""
@@ -694,13 +685,12 @@ def plan(args):
     for phase, peak in trace.peaks.items():
         own = {key: n for key, n in trace.launches.items() if key[0] == phase}
         flops, moved = (sum(n * key[i] for key, n in own.items()) / 1e12 for i in (1, 2))
-        print(f"  {phase:12} {peak / GIB:8.1f} {flops:8.1f} {moved:9.2f} {sum(own.values()):9} "
+        print(f"  {phase:12} {peak / 2**30:8.1f} {flops:8.1f} {moved:9.2f} {sum(own.values()):9} "
               f"{seconds(own, *rates):13.1f}")
     print(f"launches of a decoding step: {trace.decoding}")
     show_cards(config, trace.peaks, trace.launches, rates)
-    free = shutil.disk_usage(".").free
     print(f"disk: {reference / 1e9:.1f} GB for the reference, {saved / 1e9:.1f} GB for a "
-          f"checkpoint, two while saving; {free / 1e9:.1f} GB are free here")
+          f"checkpoint, two while saving; {shutil.disk_usage('.').free / 1e9:.1f} GB are free here")
 
 # 8. Command line ---------------------------------------------------------------------------------
 def positive(text):
@@ -735,13 +725,11 @@ FLAGS = {
         "run_dir": dict(help="run folder"),
         "--iteration": dict(type=int, help="left out: all"),
         "--worst": dict(action="store_true", help="lowest V first"),
-        "--best": dict(action="store_true", help="highest V first"),
         "--count": dict(type=positive, default=3, help="how many plays [3]")},
     figures: {
         "--seeds": dict(type=positive, default=10, help="how many [10]"),
         "--first-seed": dict(type=int, default=0, help="the others follow it [0]"),
-        "--iterations": dict(type=positive, default=80, help="of every run [80]"),
-        "--workers": dict(type=positive, default=2, help="processes that play [2]")},
+        "--iterations": dict(type=positive, default=80, help="of every run [80]")},
     plan: {}}
 
 def main(argv=None):

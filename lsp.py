@@ -108,12 +108,12 @@ def policy_loss(log_probs, ref_log_probs, advantage, mask, beta, length_norm="me
     log_probs, ref_log_probs, mask: (S, T), a row a sampled completion, mask True on its tokens;
     advantage: (S,). num_sequences: S of the whole batch where the rows are only a part of it, so
     that the parts' losses add up to the batch's. Returns a scalar.
-    # OPEN: length_norm "mean" averages over a sequence's tokens, as GRPO's paper does.
-    "sum" has the gradient of the formula taken literally, where a sequence's log-probability is the
-    sum of its tokens', though not its value; beta then weighs a sequence's KL, not a token's."""
+    # OPEN: length_norm "mean" averages over a sequence's tokens, as GRPO's paper does. "sum" has
+    the literal formula's gradient (a sequence's log-probability is its tokens' sum), but not its
+    value; beta then weighs a sequence's KL, not a token's."""
     if length_norm not in ("mean", "sum"):
         raise ValueError(f"length_norm is 'mean' or 'sum', not {length_norm!r}")
-    log_probs = log_probs.masked_fill(~mask, 0.0)  # whatever stands under the padding
+    log_probs = log_probs.masked_fill(~mask, 0.0)  # a NaN of the padding stays out
     ref_log_probs = ref_log_probs.masked_fill(~mask, 0.0)
     gain = unit_ratio(log_probs) * advantage[:, None] - beta * kl_penalty(log_probs, ref_log_probs)
     per_sequence = (gain * mask).sum(dim=1)
@@ -238,7 +238,7 @@ Grade this exchange. Reply in exactly this form, shown here for one that earns p
 QUOTED_TAG = re.compile(
     r"<(?=\s*+/?\s*+(?:instruction|response|justification|sum|score)\b)", re.IGNORECASE)
 EMPTY = "(empty)"  # shown for an empty message: some templates raise on one
-# Templates that show the date call strftime_now: today's would make prompts hang on the day.
+# Templates that show the date call strftime_now: with today's, prompts would change by the day.
 FIXED_DATE = "{%- macro strftime_now(format) -%}09 Sep 2025{%- endmacro -%}"
 
 def challenger_messages(task, template):
@@ -273,7 +273,7 @@ def render_chat(tokenizer, messages, generation_prompt=True):
     text: a space after its first character keeps the tokenizer from reading it as a marker."""
     added = tokenizer.added_tokens_decoder.values()
     markers = [token.content for token in added if token.special and len(token.content) > 1]
-    pattern = "|".join(map(re.escape, sorted(markers, key=len, reverse=True))) or "(?!)"
+    pattern = "|".join(map(re.escape, sorted(markers, key=len, reverse=True))) or "(?!)"  # never
     defuse = lambda text: re.sub(pattern, lambda hit: hit[0][0] + " " + hit[0][1:], text or EMPTY)
     shown = [{**message, "content": defuse(message["content"])} for message in messages]
     return tokenizer.apply_chat_template(
@@ -296,17 +296,17 @@ def decode(tokenizer, ids):
 # 3. Players: steps 1 to 3 ------------------------------------------------------------------------
 def write_queries(players, config, iteration):
     """Step 1: this rank's share of N queries, q_i ~ pi_Ch. In GRPO they are the next of the file,
-    over and over: the iteration tells the place, so that a resumed run needs no other."""
+    over and over. Their place follows from the iteration, also in a resumed run."""
     players.enter("sample")
-    tokenizer, numbers = players.tokenizer, my_share(range(config.num_queries))
+    tokenizer, mine = players.tokenizer, my_share(range(config.num_queries))
     if players.prompts is None:
         prompt = encode_chat(tokenizer, challenger_messages(config.task, config.template))
-        replies = sample(players.model, tokenizer, [prompt] * len(numbers), config.max_query_tokens,
+        replies = sample(players.model, tokenizer, [prompt] * len(mine), config.max_query_tokens,
                          config.temperature, config.sample_tokens)
         texts = [parse_query(decode(tokenizer, ids), config.template) for ids in replies]
         return Group(prompt, replies, texts)
     queries, first = players.prompts, iteration * config.num_queries
-    return Group([], [], [queries[(first + i) % len(queries)] for i in numbers])
+    return Group([], [], [queries[(first + i) % len(queries)] for i in mine])
 
 def write_answers(players, config, queries):
     """Step 2: G answers to each of this rank's queries, a_i^j ~ pi_Sol. A list of Groups."""
@@ -361,8 +361,7 @@ def batch_by_tokens(lengths, max_tokens, fill=0.0):
 def lay_out(groups, dtype, device):
     """Groups -> Rows, padded on the right; padding sees only itself and predicts nothing."""
     tensor = functools.partial(torch.tensor, device=device)
-    width = max(group.tokens for group in groups)
-    input_ids, positions, segments, source, targets, lengths, advantage = [], [], [], [], [], [], []
+    width, layout, source = max(group.tokens for group in groups), [], []
     for b, group in enumerate(groups):
         start, ids = len(group.prompt), list(group.prompt)
         position, segment = list(range(start)), [0] * start
@@ -371,22 +370,20 @@ def lay_out(groups, dtype, device):
             source += [b * width + start - 1, *range(at, at + length - 1)]
             ids += completion
             position += range(start, start + length)
-            segment += [k] * length
-            targets += completion
-            lengths.append(length)
+            segment += [k] * length  # 0 is the prompt, k the k-th completion, -1 padding
         padding = width - len(ids)
-        input_ids.append(ids + [0] * padding)
-        positions.append(position + [0] * padding)
-        segments.append(segment + [-1] * padding)
-        advantage += group.advantage
-    segment = tensor(segments)  # (B, T): 0 prompt, k the k-th completion, -1 padding
+        layout.append([ids + [0] * padding, position + [0] * padding, segment + [-1] * padding])
+    input_ids, position_ids, segment = tensor(layout).unbind(1)  # (B, T) each
     looking, looked_at = segment[:, :, None], segment[:, None, :]
     seen = (looking == looked_at) | ((looked_at == 0) & (looking > 0))
     attention = torch.zeros(seen.shape, dtype=dtype, device=device)
     attention.masked_fill_(~seen.tril(), torch.finfo(dtype).min)
+    completions = [completion for group in groups for completion in group.completions]
+    lengths = [len(completion) for completion in completions]
     mask = torch.arange(max(lengths), device=device) < tensor(lengths)[:, None]
-    return Rows(tensor(input_ids), tensor(positions), attention[:, None], tensor(source),
-                tensor(targets), mask, tensor(advantage, dtype=torch.float32))
+    advantage = [value for group in groups for value in group.advantage]
+    return Rows(input_ids, position_ids, attention[:, None], tensor(source),
+                tensor(sum(completions, [])), mask, tensor(advantage, dtype=torch.float32))
 
 def token_log_probs(head, hidden, targets, temperature=1.0, chunk=256):
     """log softmax(head(hidden) / temperature) at the targets. (M, H), (M,) -> (M,), fp32
@@ -402,15 +399,15 @@ def completion_log_probs(model, rows, temperature=1.0):
     """Log-probability of every completion token. (S, L), 0 on padding"""
     hidden = model.base_model(input_ids=rows.input_ids, attention_mask=rows.attention_mask,
                               position_ids=rows.position_ids, use_cache=False).last_hidden_state
-    at = hidden.flatten(0, 1)[rows.source]  # (M, H): only where a completion's token is predicted
-    values = token_log_probs(model.get_output_embeddings(), at, rows.targets, temperature)
+    hidden = hidden.flatten(0, 1)[rows.source]  # (M, H): where a completion's token is predicted
+    values = token_log_probs(model.get_output_embeddings(), hidden, rows.targets, temperature)
     return values.new_zeros(rows.mask.shape).masked_scatter(rows.mask, values)
 
 @torch.no_grad()
 def check_rows(model, name):
     """Refuses a model that does not follow a row's mask and positions: rows must agree with its own
     plain pass. In fp32: in bf16 two attention kernels alone may differ by half a nat."""
-    group = Group([5, 6, 7, 8], [[9, 10, 11], [12, 13, 14]], [], [0.0, 0.0])
+    group = Group([5, 6, 7, 8], [[9, 10, 11], [12, 13, 14]])
     with blame(f"--model {name}: cannot be trained here"):
         exact = copy.deepcopy(model).float()
         ids = torch.tensor([group.prompt + c for c in group.completions], device=model.device)
@@ -424,13 +421,12 @@ def check_rows(model, name):
 
 # 5. Sampler: Hugging Face generate, from exactly the distribution that is scored -----------------
 SAMPLE_TOKENS = 98304  # prompt and completion tokens in flight: a KV cache of 10.5 GiB at 3B
-PREFILL_TOKENS = 256   # of every prompt at a time, so that long prompts take no more memory
+PREFILL_TOKENS = 256   # of each prompt at a time: bounds what the layers hold, not the cache
 
 def eos_ids(model, tokenizer):
     """Every token id that ends a turn: instruct models list several."""
     listed = model.generation_config.eos_token_id
-    listed = listed if isinstance(listed, list) else [listed]
-    ids = {i for i in [*listed, tokenizer.eos_token_id] if i is not None}
+    ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
     if not ids:
         raise UserError(f"--model {model.config.name_or_path}: no token is named that ends a turn")
     return sorted(ids)
@@ -442,14 +438,15 @@ def check_length(culprit, tokens, model_config):
     limits = (getattr(text, key, None) for key in ("max_position_embeddings", "sliding_window"))
     limit = min(limit or math.inf for limit in limits)
     if tokens > limit:
-        raise UserError(f"{culprit}: {tokens} tokens with what is written to it, and --model takes "
-                        f"{limit}: shorten it, or lower --max-query-tokens or --max-answer-tokens")
+        raise UserError(f"{culprit}: {tokens} tokens with what is written to it, and the model "
+                        f"takes {limit}: shorten it, or lower --max-query-tokens or "
+                        "--max-answer-tokens")
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, token_budget=SAMPLE_TOKENS):
     """One completion for each prompt, all token ids: up to and with its first EOS, or cut off
     without one. Temperature 0 is greedy; token_budget: tokens in flight, at most.
-    # OPEN: training samples at temperature 1 with no top-k and no top-p, from what is scored. At
+    # OPEN: training samples from exactly what is scored: temperature 1, no top-k, no top-p. At
     another temperature the policy that is trained is the tempered one.
     Leaves the model in evaluation mode: in training mode checkpointing would drop the KV cache."""
     model.eval()
@@ -459,13 +456,13 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, token_bud
         max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0],
         do_sample=temperature > 0, temperature=temperature, top_k=0, top_p=1.0,
         repetition_penalty=1.0, prefill_chunk_size=PREFILL_TOKENS,
-        remove_invalid_values=True)  # take_step tells of a NaN
+        remove_invalid_values=True)  # a NaN gets to take_step, which tells of it
     completions, own_defaults = [None] * len(prompts), model.generation_config
-    model.generation_config = transformers.GenerationConfig()  # its own fills in what is not set
+    model.generation_config = transformers.GenerationConfig()  # its own would fill what is not set
     try:
         for batch in batch_by_tokens(lengths, token_budget):
             ids = pad_sequence([torch.tensor(prompts[i]) for i in batch], batch_first=True,
-                               padding_value=-1, padding_side="left").to(model.device)
+                               padding_value=-1, padding_side="left").to(model.device)  # -1: none
             out = model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long(),
                                  generation_config=settings)
             for i, new in zip(batch, out[:, ids.shape[1]:].tolist()):
@@ -548,7 +545,7 @@ def call_reward(reward, prompts, completions):
         if len(values) != len(prompts):
             raise ValueError(f"returned {len(values)} values for {len(prompts)} completions")
         for row, value in enumerate(values):
-            if not abs(value) < 1e38:
+            if not abs(value) < 1e38:  # what fp32 holds
                 raise ValueError(f"returned {value} in row {row}, not a finite number: "
                                  f"{prompts[row][:50]!r}, {completions[row][:50]!r}")
         return values
@@ -624,7 +621,7 @@ class AdamW:
     @torch.no_grad()
     def step(self, scale=1.0):
         """One step along the gradients times `scale`; frees them."""
-        done, self.steps = self.steps, self.steps + 1  # first: see what play_run saves at the end
+        done, self.steps = self.steps, self.steps + 1  # first: so play_run knows of a half step
         for index, (p, state) in enumerate(zip(self.parameters, self.state)):
             if p.grad is None:  # a vision tower has none
                 continue
@@ -708,7 +705,7 @@ def flag_name(name):
     return "--" + name.replace("_", "-")
 
 def pick_device(device="", dtype=""):
-    """A torch device, cuda where there is one, and a dtype: bfloat16 there, float32 on a CPU."""
+    """A torch device, cuda where there is one, and a dtype: float32 on a CPU, else bfloat16."""
     with blame(f"--device {device}"):
         default = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.empty(0, device=device or default).device
@@ -749,6 +746,8 @@ def check_config(config):
 
     for f in fields(config):
         value, least, choices = getattr(config, f.name), f.metadata["least"], f.metadata["choices"]
+        if not isinstance(value, (int, float) if f.type is float else f.type):
+            refuse(f.name, f"not of the type {f.type.__name__}")
         if least is not None and not least <= value < 2**63:
             refuse(f.name, f"out of range, at least {least}: {f.metadata['help']}")
         if choices and value not in choices:
@@ -854,13 +853,14 @@ def as_jsonl(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 def resumed(given):
-    """Config of the run in --out. Only where and how long it runs may change."""
+    """Config of the run in --out. Only where, how long and in what portions it runs may change."""
     free = {"iterations", "save_every", "device", "resume", "out", "update_tokens", "sample_tokens"}
     folder = Path(given.get("out") or "(left out)")
     with blame(f"--resume: --out {folder} holds no run to go on with"):
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         ranks, config = saved.pop("world_size"), Config(**{**saved, **given})
         check_config(config)
+        os.stat(folder / "reference/config.json")
     if ranks != world_size():
         raise UserError(f"--resume: {folder} has {ranks} processes, not {world_size()}")
     for name in given.keys() - free:
@@ -880,8 +880,9 @@ def save_checkpoint(folder, players, iteration):
     """Weights in Hugging Face format and trainer.pt beside them, written elsewhere and then put in
     `checkpoint`'s place: a kill at any moment leaves a whole one."""
     part, optimizer = folder / "checkpoint.part", players.optimizer
-    shutil.rmtree(part, ignore_errors=True)
     with blame(f"--out {folder}: cannot save"):
+        finish_save(folder)  # the one before, if it was interrupted
+        shutil.rmtree(part, ignore_errors=True)
         players.model.save_pretrained(part)
         players.tokenizer.save_pretrained(part)
         torch.save({"iteration": iteration, "logs": [flush(folder / name) for name in LOGS],
@@ -903,15 +904,17 @@ def load_checkpoint(folder, optimizer):
     if rank() == 0:
         finish_save(folder)
     gather([])  # the other ranks wait
-    found = folder / "checkpoint"
-    with blame(f"--resume: {found}"):
-        saved = torch.load(found / "trainer.pt", "cpu", weights_only=True, mmap=True)
-        for name, size in zip(LOGS, saved["logs"]):
-            if flush(folder / name) < size:
+    kept = folder / "checkpoint"
+    with blame(f"--resume: {kept}"):
+        saved = torch.load(kept / "trainer.pt", "cpu", weights_only=True, mmap=True)
+        sizes = dict(zip(LOGS, saved["logs"]))
+        for name in LOGS:
+            if flush(folder / name) < sizes[name]:
                 raise ValueError(f"{name} is shorter than it was")
-            if rank() == 0:
-                os.truncate(folder / name, size)
         optimizer.restore(saved["steps"], saved["state"])
+        gather([])  # every rank has looked
+        for name in LOGS if rank() == 0 else ():
+            os.truncate(folder / name, sizes[name])
         return saved["iteration"]
 
 # 10. Toy game: a Llama of 0.1 M parameters that has seen noisy homework --------------------------
@@ -945,14 +948,14 @@ def toy_table(model, tokenizer):
 def toy_probe(model, tokenizer, queries):
     """accuracy: held out, the mean over the whole table. valid: share of well-formed queries."""
     valid = [PRODUCT.fullmatch(query) is not None for query in queries]
-    accuracy = toy_table(model, tokenizer).mean().item()
-    return {"accuracy": accuracy, "valid": statistics.fmean(valid)}
+    return {"accuracy": toy_table(model, tokenizer).mean().item(),
+            "valid": statistics.fmean(valid)}
 
 @functools.cache
 def toy_group(tokenizer, content, *replies):
     ids = tokenizer(list(replies), add_special_tokens=False)["input_ids"]
     completions = [reply + [tokenizer.eos_token_id] for reply in ids]
-    return Group(encode_query(tokenizer, content), completions, [], [0.0] * len(ids))
+    return Group(encode_query(tokenizer, content), completions)
 
 def toy_data(seed, wrong_grades=0.05):
     """GRPO's file, and three kinds of homework: (file, queries, answers, exchanges).
@@ -1029,20 +1032,21 @@ def load_players(config):
     """All who play, and what the toy brings: its reward, queries, and a measure that is held out.
     # OPEN: a model that was trained before is its own reference, and in LSP its own judge."""
     name = f"{config.out}/reference" if config.resume else config.model
-    toy, judge, prompts = is_toy(name), no_judge, None
-    reward = toy_reward if config.reward == "toy" else load_function(config.reward, "--reward")
-    if config.variant == "lsp":
-        judge = load_function(config.judge, "--judge")
+    toy, prompts = is_toy(name), None
+    reward = load_function(config.reward, "--reward")
+    if toy and config.reward == "toy":
+        reward = toy_reward
+    judge = load_function(config.judge, "--judge") if config.variant == "lsp" else no_judge
     if config.variant == "grpo":
         if not (config.prompts or toy):
             raise UserError("--prompts: --variant grpo needs a file of queries")
         prompts = read_prompts(config.prompts) if config.prompts else toy_data(config.seed)[0]
         prompts = random.Random(f"{config.seed}/0").sample(prompts, len(prompts))
-    named = {"--model": (name, name == "toy"), "--reward": (config.reward, reward),
-             "--judge": (config.judge, judge)}
-    for flag, (other, there) in named.items():
-        if other and not there:  # what is wrong with it is told before the first model is loaded
-            load_tokenizer(other, flag)
+    models = {"--model": (name, name == "toy"), "--reward": (config.reward, reward),
+              "--judge": (config.judge, judge)}
+    for flag, (model, loaded) in models.items():
+        if model and not loaded:  # a chat template that is wrong is told before a model is loaded
+            load_tokenizer(model, flag)
     device, dtype = pick_device(config.device, config.dtype)
     reference, tokenizer = (make_toy(config.seed) if name == "toy" else
                             load_model(name, device, dtype))
@@ -1074,8 +1078,9 @@ def train(config):
         if config.resume:
             start = load_checkpoint(folder, players.optimizer)
         elif rank() == 0:  # the first model is kept: others may change or delete it
-            players.reference.save_pretrained(folder / "reference")
-            players.tokenizer.save_pretrained(folder / "reference")
+            with blame(f"--out {out}: cannot save"):
+                players.reference.save_pretrained(folder / "reference")
+                players.tokenizer.save_pretrained(folder / "reference")
             save_checkpoint(folder, players, 0)
         if rank() == 0:
             settings = asdict(replace(config, resume=False)) | {"world_size": world_size()}
@@ -1095,7 +1100,7 @@ def play_run(players, config, folder, start):
             seed = random.Random(f"{config.seed}/{iteration}/{rank()}").getrandbits(32)
             transformers.set_seed(seed)  # all that is random: a resumed run draws the same
             plays, numbers = next(iterations)
-            steps = None  # what is only half logged is not saved
+            steps = None  # so that what is only half logged is not saved
             row, records = metrics(players, plays, numbers)
             if rank() == 0:
                 for name, rows in zip(LOGS, ([row], records)):
@@ -1150,9 +1155,8 @@ def metrics(players, plays, numbers):
            "judge_failures": sum(gather([getattr(players.judge, "failures", 0)]))}
     if players.probe:
         row.update(players.probe(players.model, tokenizer, queries))
-    phases = ("sample", "reward", "update")
-    row.update({f"seconds_{name}": players.seconds[name] for name in phases})
-    row["seconds"] = sum(players.seconds[name] for name in phases)
+    spent = {f"seconds_{name}": players.seconds[name] for name in ("sample", "reward", "update")}
+    row.update(spent, seconds=sum(spent.values()))
     players.seconds.clear()
     return row, records
 
@@ -1177,20 +1181,20 @@ def report(config, rows):
         f"  python eval.py plot {out} --out run.png\n  python eval.py plays {out} --worst")
 
 def read_prompts(name):
-    """The queries of a .txt file, one a line, or of Alpaca's .json: `instruction`, with `input`."""
+    """Queries: the lines of a .txt file, or the `instruction`s of Alpaca's .json, with `input`s."""
     with blame(f"--prompts {name}"):
         text, prompts = Path(name).read_text(encoding="utf-8-sig"), []
         if name.endswith(".txt"):
-            prompts = [line.strip() for line in text.split("\n") if line.strip()]
+            prompts = [line.strip() for line in text.split("\n")]
         elif name.endswith(".json"):
             for number, row in enumerate(json.loads(text), 1):
-                with blame(f"--prompts {name}: entry {number}: no text under `instruction`"):
+                with blame(f"--prompts {name}: entry {number}, `instruction` or `input`"):
                     parts = row["instruction"], row.get("input")
                     prompts.append("\n\n".join(part for part in parts if part))
                     prompts[-1].encode()  # refuses a lone surrogate
-        if not prompts:
+        if not any(prompts):
             raise ValueError("no queries: a .txt or .json file that holds some is needed")
-    return prompts
+    return [prompt for prompt in prompts if prompt]
 
 def make_parser(prog="lsp.py", description="Language Self-Play: see the head of this file."):
     """Every field of Config as a flag; what is not given is not in the result."""

@@ -514,7 +514,8 @@ def argmax_loop(model, prompt, steps, ends):
             break
     return ids[len(prompt):]
 
-def test_greedy_sampling_is_a_manual_argmax_loop_even_from_training_mode():
+def test_greedy_sampling_is_a_manual_argmax_loop_even_from_training_mode(monkeypatch):
+    monkeypatch.setattr(lsp, "PREFILL_TOKENS", 4)  # prompts are read in several parts
     model, tokenizer, draw = tiny_llama(), byte_tokenizer(), torch.Generator().manual_seed(0)
     model.activation_checkpointing_enable()
     model.train()
@@ -589,7 +590,8 @@ def check_greedy_and_rows(folder, prompts, steps, ends=(1,)):
             assert torch.allclose(row[:len(c)], plain_log_probs(model, group.prompt, c), atol=5e-5)
 
 @cases("name", MODELS)
-def test_other_models_play_and_their_rows_agree_with_the_plain_layout(name, tmp_path):
+def test_other_models_play_and_their_rows_agree_with_the_plain_layout(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(lsp, "PREFILL_TOKENS", 5)
     folder, draw = save_model(tmp_path / "model", *MODELS[name]), torch.Generator().manual_seed(0)
     start, *more = (torch.randint(3, 250, (n,), generator=draw).tolist() for n in (6, 1, 9, 4, 3))
     ends = sorted({1, *MODELS[name][1]})
@@ -929,11 +931,12 @@ def test_a_full_disk_while_saving_or_logging_is_one_line_and_leaves_the_checkpoi
 @cases("name, left, says", [
     ("config.json", 20, "--out {run} holds no run"), ("checkpoint/trainer.pt", 5000, "{run}/checkpoint: "),
     ("checkpoint/trainer.pt", None, "{run}/checkpoint: "), ("checkpoint", None, "{run}/checkpoint: "),
+    ("reference", None, "--out {run} holds no run"),
     *((name, -1, f"{name} is shorter than it was") for name in lsp.LOGS)])
 def test_a_run_that_lost_something_is_refused_and_keeps_what_it_has(name, left, says, tmp_path, bad, capsys):
     run = shutil.copytree(bad / "run", tmp_path / "run")
     if left is None:
-        (shutil.rmtree if name == "checkpoint" else os.unlink)(run / name)
+        (shutil.rmtree if (run / name).is_dir() else os.unlink)(run / name)
     else:
         os.truncate(run / name, left % (run / name).stat().st_size)
     before = {name: (run / name).read_bytes() for name in lsp.LOGS}
@@ -949,7 +952,8 @@ def test_a_second_process_in_a_run_is_refused_with_a_clear_line(bad, capsys):
     assert (bad / "run/config.json").read_text() == before
 
 @cases("edit", [{"num_queries": "2"}, {"variant": "tournament"}, {"beta": None}, {"lr": -1.0},
-                {"frobnicate": 1}, {"world_size": 2}, {"template": "none"}], ids=str)
+                {"frobnicate": 1}, {"world_size": 2}, {"template": "none"}, {"reward": 5}, {"num_answers": 2.5}],
+       ids=str)
 def test_an_edited_config_of_a_wrong_type_or_value_is_one_line(edit, tmp_path, bad, capsys):
     path = shutil.copytree(bad / "run", tmp_path / "run") / "config.json"
     write_json(path, json.loads(path.read_text()) | edit)
@@ -1609,7 +1613,7 @@ def make_play(iteration, query, value):
     return {"iteration": iteration, "query": query, "answers": [f"answer to {query}", "same", "same", "same"],
             "R": [value] * 4, "R_Q": [0.0] * 4, "V": value, "V_Q": 0.0}
 
-def test_plays_are_the_latest_a_given_iterations_or_the_worst_and_best_and_harmless(tmp_path, capsys):
+def test_plays_are_the_latest_a_given_iterations_or_the_worst_and_harmless(tmp_path, capsys):
     values = [("q0", 0, 3.0), ("q1", 0, 1.0), ("q2", 1, 2.0), ("q3", 1, 9.0), ("q4", 2, 1.0), ("q5", 2, 5.0)]
     run = run_folder(tmp_path / "run", [], [make_play(i, query, value) for query, i, value in values])
 
@@ -1617,10 +1621,10 @@ def test_plays_are_the_latest_a_given_iterations_or_the_worst_and_best_and_harml
         evaluation.main(["plays", run, *flags.split()])
         return capsys.readouterr().out
     for flags, expected in {"": ["q5", "q4", "q3"], "--iteration 0": ["q1", "q0"],
-                            "--best --count 2": ["q3", "q5"], "--iteration 1 --best --count 1": ["q3"],
+                            "--iteration 1 --worst --count 1": ["q2"],
                             "--worst": ["q4", "q1", "q2"]}.items():  # of equals the latest first
         assert re.findall(r"query \| (q\d)", shown(run, flags)) == expected
-    text = shown(run, "--best --count 1")
+    text = shown(run, "--iteration 1 --count 1")
     assert "iteration 1   V 9.000   V_Q 0.000" in text and text.count("| same") == 1 and "3 times" in text
     query = "a\x1b[2J\x07\r\u202eb\x9bc h\u00e9 \u4e2d\nlast"
     text = shown(run_folder(tmp_path / "steers", [], [make_play(0, query, 1.0)]), "")
@@ -1629,13 +1633,13 @@ def test_plays_are_the_latest_a_given_iterations_or_the_worst_and_best_and_harml
 
 def test_figures_plays_both_experiments_once_and_shows_their_means(
         tmp_path, toy, capsys, monkeypatch, drawn_figures):
-    made, pool = [], types.SimpleNamespace(Pool=evaluation.multiprocessing.pool.ThreadPool)
+    made, single = [], lambda processes, start: evaluation.multiprocessing.pool.ThreadPool(1)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation.multiprocessing, "get_context", lambda how: pool)
-    monkeypatch.setattr(evaluation, "start_worker", lambda: None)
+    monkeypatch.setattr(evaluation.multiprocessing, "get_context",
+                        lambda how: types.SimpleNamespace(Pool=single))
     monkeypatch.setattr(lsp, "make_toy", lambda seed, *noise: made.append((seed, *noise)) or
                         lsp.load_model(toy, CPU, FP32))
-    command = ["figures", *"--seeds 2 --first-seed 5 --iterations 2 --workers 1".split()]
+    command = ["figures", *"--seeds 2 --first-seed 5 --iterations 2".split()]
     evaluation.main(command)
     printed, home = capsys.readouterr().out, Path("runs/figures/2-iterations")
     assert sorted(made) == [(n, *noise) for n in (5, 6) for noise in ((), (0.5,), (0.8,), (0.9,), (1.0,))]
@@ -1738,8 +1742,8 @@ def test_every_game_leaves_a_tenth_of_its_card_free_and_the_papers_is_as_counted
     monkeypatch.setattr(evaluation, "trace_run", lambda config: (trace, reference, saved))
     evaluation.main(["plan", "--variant", "lsp", "--model", config.model, "--reward", config.reward])
     text = capsys.readouterr().out
-    for words in ("load +53.9 +0.0 +0.00 +0 +0.0\n", "self-reward +64.1", "decoding step: 1239\n",
-                  "H100.*likely +35.4 s an iteration, +14.7 h.*79.0 GiB: fits", "A100", "here, cpu",
+    for words in ("load +53.9 +0.0 +0.00 +0 +0.0\n", "self-reward +63.0", "decoding step: 1239\n",
+                  "H100.*likely +35.3 s an iteration, +14.7 h.*79.0 GiB: fits", "A100", "here, cpu",
                   "4090.* 23.5 GiB: DOES NOT", "45.0 GB"):
         assert re.search(words, text), words
 
@@ -1770,7 +1774,7 @@ def test_the_trace_on_fake_tensors_counts_what_real_ones_take(text_model, reward
         [(n * flops, n) for (name, flops, _), n in launches.items() if name == phase], axis=0)
     for phase, peak in real.peaks.items():
         (flops, count), (real_flops, real_count) = (totals(x.launches, phase) for x in (trace, real))
-        assert peak <= trace.peaks[phase] <= 1.15 * peak and flops == approx(real_flops, rel=0.01)
+        assert peak <= trace.peaks[phase] <= 1.2 * peak and flops == approx(real_flops, rel=0.01)
         assert phase not in ("update", "step") or (trace.peaks[phase], count) == (peak, real_count)
 
 def test_the_readme_names_functions_that_exist_and_explains_every_logged_number(unbroken):
