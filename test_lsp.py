@@ -520,7 +520,7 @@ def test_greedy_sampling_is_a_manual_argmax_loop_even_from_training_mode(monkeyp
     model.activation_checkpointing_enable()
     model.train()
     start, *ends = (torch.randint(3, 262, (n,), generator=draw).tolist() for n in (6, 1, 9, 4, 4, 0))
-    prompts = [*(start + end for end in ends), start + ends[1], [7], start + ends[1], [5, 6, 7]]
+    prompts = [*(start + end for end in ends), start + ends[1], [7], start + ends[1], [0, 6, 7]]
     for some in (prompts, prompts[:5], [prompts[1]] * 3, [[7]] * 2, []):
         got = lsp.sample(model, tokenizer, some, 12, temperature=0)
         assert got == [argmax_loop(model.eval(), p, 12, {1}) for p in some]
@@ -920,10 +920,14 @@ def test_a_full_disk_while_saving_or_logging_is_one_line_and_leaves_the_checkpoi
         tmp_path, toy, unbroken, monkeypatch, capsys):
     play(tmp_path / "run", toy, **{**SHORT, "iterations": 2})
     kept, command = weights(tmp_path / "run/checkpoint"), ["--resume", "--out", tmp_path / "run"]
-    for module, name in ((torch, "save"), (lsp, "as_jsonl")):
+    models = transformers.PreTrainedModel
+    for module, name in ((torch, "save"), (lsp, "as_jsonl"), (models, "save_pretrained")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full_disk)
             assert "No space left" in refusal(capsys, *command, "--iterations", 4)
+            if name == "save_pretrained":
+                line = refusal(capsys, "--model", toy, "--out", tmp_path / "new")
+                assert f"--out {tmp_path}/new: cannot save" in line
         assert_close(kept, weights(tmp_path / "run/checkpoint"), 0, 0)
     go_on(tmp_path / "run", iterations=6)
     assert_same_run(tmp_path / "run", unbroken / "zero")
@@ -952,8 +956,8 @@ def test_a_second_process_in_a_run_is_refused_with_a_clear_line(bad, capsys):
     assert (bad / "run/config.json").read_text() == before
 
 @cases("edit", [{"num_queries": "2"}, {"variant": "tournament"}, {"beta": None}, {"lr": -1.0},
-                {"frobnicate": 1}, {"world_size": 2}, {"template": "none"}, {"reward": 5}, {"num_answers": 2.5}],
-       ids=str)
+                {"frobnicate": 1}, {"world_size": 2}, {"template": "none"}, {"reward": 5},
+                {"num_answers": 2.5}], ids=str)
 def test_an_edited_config_of_a_wrong_type_or_value_is_one_line(edit, tmp_path, bad, capsys):
     path = shutil.copytree(bad / "run", tmp_path / "run") / "config.json"
     write_json(path, json.loads(path.read_text()) | edit)
@@ -1287,6 +1291,7 @@ BAD_INPUT = {f"{flag} {value}": f"{flag} {value}: " for flag, *values in map(str
     GRPO + "nobody/nothing": "--prompts nobody/nothing",
     "--model {text} --reward {text}": "--reward {text}: no weights for score.weight",
     MINE + "nobody/nothing": "--reward nobody/nothing",
+    f"--model {{text}} {SMALLEST} --reward toy": "--reward toy: neither",
     MINE + "{bad}/absent.py:f": "--reward {bad}/absent.py:f: FileNotFoundError",
     MINE + "toy --out {bad}/file/below": "--out {bad}/file/below",
     MINE + "toy --out {bad}/run": "--out {bad}/run: is not empty; --resume goes on",
