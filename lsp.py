@@ -913,8 +913,9 @@ def load_checkpoint(folder, optimizer):
                 raise ValueError(f"{name} is shorter than it was")
         optimizer.restore(saved["steps"], saved["state"])
         gather([])  # every rank has looked
-        for name in LOGS if rank() == 0 else ():
-            os.truncate(folder / name, sizes[name])
+        if rank() == 0:
+            for name in LOGS:
+                os.truncate(folder / name, sizes[name])
         return saved["iteration"]
 
 # 10. Toy game: a Llama of 0.1 M parameters that has seen noisy homework --------------------------
