@@ -76,10 +76,11 @@ def with_progress(out, settings, items, work):
         records = {row["key"]: row for row in lsp.read_jsonl(path) if "error" not in row}
         rest = {key: item for key, item in zip(keys, items) if key not in records}
         with tqdm(total=len(rest), desc=str(out)) as bar:
-            for new in work(rest) if rest else ():
-                file.write(lsp.as_jsonl({"key": key, **new[key]} for key in new).encode())
-                records.update(new)
-                bar.update(len(new))
+            if rest:
+                for new in work(rest):
+                    file.write(lsp.as_jsonl({"key": key, **new[key]} for key in new).encode())
+                    records.update(new)
+                    bar.update(len(new))
     return [records[key] for key in keys]
 
 def printable(text, indent=""):
@@ -636,12 +637,10 @@ def trace_run(config):
         trace.run("step", 1, optimizer.step)
     del trace.peaks[""]
     weights = sum(p.nbytes for p in model.parameters())
-    saved = weights + sum(x.nbytes for state in optimizer.state for x in state)
-    return trace, weights, saved
+    return trace, weights, weights + sum(x.nbytes for state in optimizer.state for x in state)
 
 def seconds(launches, flops, bandwidth, launch):
-    """An iteration's, at so many FLOP/s and bytes/s: one operation after the other, and each takes
-    the longest of its arithmetic, its bytes and its launch."""
+    """An iteration's: each operation takes the longest of its FLOPs, its bytes and its launch."""
     return sum(n * max(f / flops, b / bandwidth, launch) for (_, f, b), n in launches.items())
 
 def measure(device, dtype):
