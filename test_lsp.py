@@ -1533,8 +1533,12 @@ def test_an_interrupt_changes_no_answer_and_repeats_no_finished_batch(tmp_path, 
         assert list(row.items()) == list(right.items())  # alpaca_eval's schema
     lengths = [len(prompt) for batch in batches for prompt in batch]
     assert lengths == sorted(lengths, reverse=True) and list(map(len, batches)) == [3, 3, 3, 1]
-    kill = lambda *args: sample(*args) if len(sampled) < 6 else signal.raise_signal(signal.SIGINT)
-    monkeypatch.setattr(lsp, "sample", kill)
+
+    def interrupted(*args):
+        if len(sampled) == 6:
+            raise KeyboardInterrupt
+        return sample(*args)
+    monkeypatch.setattr(lsp, "sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_generate(tmp_path, out="again.json")
     monkeypatch.setattr(lsp, "sample", sample)
