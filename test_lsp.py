@@ -1190,7 +1190,8 @@ def test_the_end_warns_of_a_weak_judge_and_a_hacked_one_and_quotes_what_is_next(
 
 def test_prompts_come_from_lines_and_from_alpacas_json(tmp_path):
     odd = "a\u2028b\x0cc\x85d"  # looks like lines, is one
-    rows = [{"instruction": "Add", "input": "1 2", "output": "3"}, {"instruction": odd, "input": ""}]
+    rows = [{"instruction": "Add", "input": "1 2", "output": "3"}, {"instruction": odd, "input": ""},
+            {"instruction": "", "input": ""}]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "a.txt").write_text(f"\ufeffone\r\n\n  {odd} \n", encoding="utf-8")
     assert lsp.read_prompts(f"{tmp_path}/a.json") == ["Add\n\n1 2", odd]
