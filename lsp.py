@@ -1048,14 +1048,14 @@ def load_players(config):
     for flag, (model, loaded) in models.items():
         if model and not loaded:  # a chat template that is wrong is told before a model is loaded
             load_tokenizer(model, flag)
+    if config.prompts and name != "toy":
+        longest, arch = max(prompts, key=len), from_hub("--model", name, AutoConfig.from_pretrained)
+        tokens = len(encode_query(load_tokenizer(name), longest)) + config.max_answer_tokens
+        check_length(f"--prompts {config.prompts}: {longest[:50]!r}", tokens, arch)
     device, dtype = pick_device(config.device, config.dtype)
     reference, tokenizer = (make_toy(config.seed) if name == "toy" else
                             load_model(name, device, dtype))
     reference = reference.to(device, dtype).requires_grad_(False)
-    if prompts:
-        longest = max(prompts, key=len)
-        tokens = len(encode_query(tokenizer, longest)) + config.max_answer_tokens
-        check_length(f"--prompts {config.prompts}: {longest[:50]!r}", tokens, reference.config)
     check_rows(reference, config.model)
     model = copy.deepcopy(reference).requires_grad_(True)
     model.activation_checkpointing_enable()

@@ -1299,7 +1299,7 @@ BAD_INPUT = {f"{flag} {value}": f"{flag} {value}: " for flag, *values in map(str
     RESUME + "nothing": "--out {bad}/nothing holds no run",
     RESUME + "run --beta 0.7": "--resume: --beta 0.7: the run has ",
     RESUME + "run --model other": "--resume: --model other: the run has"}
-LATE = ("pickle", "{bad}/reward.py:", "--reward {text}", "below", "long.txt")  # a model is tried first
+LATE = ("pickle", "{bad}/reward.py:", "--reward {text}", "below")  # a model is tried first
 
 @cases("arguments", BAD_INPUT)
 def test_bad_input_is_one_line_that_names_its_cause(arguments, bad, toy, text_model, tmp_path, capsys,
