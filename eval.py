@@ -566,9 +566,9 @@ def tensors(tree):
     return [x for x in _pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 @torch.no_grad()
-def trace_sampling(trace, phase, model, prompts, length, new_tokens, token_budget):
+def trace_sampling(trace, phase, model, prompts, copies, length, new_tokens, token_budget):
     """lsp.sample, every batch like the first: the prompts, and then two decoding steps."""
-    def read(width):
+    def read(ids, width):
         """Goes on from where the cache ends, as generate does."""
         while (done := cache.get_seq_length()) < width:
             new = min(lsp.PREFILL_TOKENS, width - done)
@@ -579,10 +579,11 @@ def trace_sampling(trace, phase, model, prompts, length, new_tokens, token_budge
     rows = min(prompts, max(1, token_budget // (length + new_tokens)))
     batches, cache = math.ceil(prompts / rows), transformers.DynamicCache(config=model.config)
     ids = trace.run("", 0, lambda: torch.ones(rows, length + new_tokens, dtype=torch.long))
-    trace.run(phase, batches, read, length)
-    for new, times in ((new_tokens // 2, batches * (new_tokens - 1)), (new_tokens, 0)):
-        trace.run("", 0, read, length + new - 1)  # not counted: generate goes by single tokens
-        trace.run(phase, times, read, length + new)  # half way, for all; the last, for its memory
+    trace.run(phase, batches, read, ids[:math.ceil(rows / copies)], length - 1)
+    trace.run(phase, batches, cache.batch_select_indices, torch.arange(rows) // copies)
+    for new, times in ((new_tokens // 2, batches * new_tokens), (new_tokens, 0)):
+        trace.run("", 0, read, ids, length + new - 2)  # not counted: generate goes by single tokens
+        trace.run(phase, times, read, ids, length + new - 1)  # half way, for all; the last: memory
         trace.decoding = trace.count
 
 def trace_update(trace, config, model, reference, groups, prompt, completions, length):
@@ -622,14 +623,14 @@ def trace_run(config):
         optimizer = lsp.AdamW(model.parameters(), config.lr, config.optimizer_bits)
         model.activation_checkpointing_enable()
         if variant != "grpo":
-            trace_sampling(trace, "queries", model, N, BOX, query, budget)
-        trace_sampling(trace, "answers", model, N * G, chat, answer, budget)
+            trace_sampling(trace, "queries", model, N, N, BOX, query, budget)
+        trace_sampling(trace, "answers", model, N * G, G, chat, answer, budget)
         if reward:
             one = torch.zeros(1, chat + answer, dtype=torch.long)
             with torch.no_grad():
                 trace.run("reward", N * G, lambda: reward.base_model(one, use_cache=False))
         if variant == "lsp" and judge:
-            trace_sampling(trace, "self-reward", judge, N * G, BOX + query + answer,
+            trace_sampling(trace, "self-reward", judge, N * G, 1, BOX + query + answer,
                            lsp.JUDGE_TOKENS, budget)
         trace_update(trace, config, model, reference, N, chat, G, answer)
         if variant != "grpo":

@@ -448,23 +448,34 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, token_bud
     without one. Temperature 0 is greedy; token_budget: tokens in flight, at most.
     # OPEN: training samples from exactly what is scored: temperature 1, no top-k, no top-p. At
     another temperature the policy that is trained is the tempered one.
-    Leaves the model in evaluation mode: in training mode checkpointing would drop the KV cache."""
+    Equal prompts are read once, and their KV cache is copied. Leaves the model in evaluation mode:
+    in training mode checkpointing would drop the cache."""
     model.eval()
     ends, lengths = eos_ids(model, tokenizer), [len(p) + max_new_tokens for p in prompts]
     check_length("a prompt", max(lengths, default=0), model.config)
     settings = transformers.GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0],
         do_sample=temperature > 0, temperature=temperature, top_k=0, top_p=1.0,
-        repetition_penalty=1.0, prefill_chunk_size=PREFILL_TOKENS,
+        repetition_penalty=1.0,
         remove_invalid_values=True)  # a NaN gets to take_step, which tells of it
+
+    def generate(ids, cache, **settings):
+        return model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long(),
+                              past_key_values=cache, **settings)
+
     completions, own_defaults = [None] * len(prompts), model.generation_config
     model.generation_config = transformers.GenerationConfig()  # its own would fill what is not set
     try:
         for batch in batch_by_tokens(lengths, token_budget):
             ids = pad_sequence([torch.tensor(prompts[i]) for i in batch], batch_first=True,
                                padding_value=-1, padding_side="left").to(model.device)  # -1: none
-            out = model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long(),
-                                 generation_config=settings)
+            cache = transformers.DynamicCache(config=model.config)
+            if ids.shape[1] > 1:  # all but the last token, with which generate goes on
+                distinct, copies = ids.unique(dim=0, return_inverse=True)
+                generate(distinct[:, :-1], cache, max_new_tokens=1,
+                         prefill_chunk_size=PREFILL_TOKENS)
+                cache.batch_select_indices(copies)
+            out = generate(ids, cache, generation_config=settings)
             for i, new in zip(batch, out[:, ids.shape[1]:].tolist()):
                 first = next((n for n, token in enumerate(new) if token in ends), len(new))
                 completions[i] = new[:first + 1]

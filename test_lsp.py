@@ -526,6 +526,12 @@ def test_greedy_sampling_is_a_manual_argmax_loop_even_from_training_mode(monkeyp
         assert got == [argmax_loop(model.eval(), p, 12, {1}) for p in some]
         assert lsp.sample(model, tokenizer, some, 12, temperature=0, token_budget=30) == got
 
+def test_equal_prompts_are_read_once():
+    model, read = tiny_llama(), []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, _: read.append(args[0].shape))
+    lsp.sample(model, byte_tokenizer(), [[5, 6, 7, 8], [9, 10]] * 8, 1)
+    assert read == [(2, 3), (16, 1)]  # both prompts but for their ends, and the ends of all
+
 def test_samples_come_from_the_scored_distribution_whatever_the_models_own_defaults_say():
     model, tokenizer, prompt, n = tiny_llama(spread=0.2), byte_tokenizer(), [5, 6, 7], 20000
     model.generation_config.update(top_k=2, top_p=0.5, temperature=0.1, repetition_penalty=2.0, min_p=0.5,
@@ -1745,15 +1751,14 @@ def test_every_game_leaves_a_tenth_of_its_card_free_and_the_papers_is_as_counted
     kv_cache = 64 * (64 + 256 + 512) * 114_688  # N G rows of a template, a query and an answer
     assert kv_cache < peaks["answers"] - peaks["load"] < 1.2 * kv_cache
     flops = lambda phase: sum(n * f for (name, f, _), n in launches.items() if name == phase)
-    sampled = 64 * (64 + 256 + 512)  # tokens: each answer and its prompt
-    assert flops("answers") == approx(2 * count * sampled, rel=0.1)  # two a weight and token; then attention
+    assert flops("answers") == approx(2 * count * (8 * (64 + 256) + 64 * 512), rel=0.1)  # prompts are read once
     tokens = 8 * (64 + 256 + 8 * 512) + 384 + 8 * 256
     assert 10 * count * tokens < flops("update") < 16 * count * tokens  # forward twice, backward, reference
     monkeypatch.setattr(evaluation, "trace_run", lambda config: (trace, reference, saved))
     evaluation.main(["plan", "--variant", "lsp", "--model", config.model, "--reward", config.reward])
     text = capsys.readouterr().out
     for words in ("load +53.9 +0.0 +0.00 +0 +0.0\n", "self-reward +63.0", "decoding step: 1239\n",
-                  "H100.*likely +35.3 s an iteration, +14.7 h.*79.0 GiB: fits", "A100", "here, cpu",
+                  "H100.*likely +35.1 s an iteration, +14.6 h.*79.0 GiB: fits", "A100", "here, cpu",
                   "4090.* 23.5 GiB: DOES NOT", "45.0 GB"):
         assert re.search(words, text), words
 
