@@ -1751,7 +1751,7 @@ def test_every_game_leaves_a_tenth_of_its_card_free_and_the_papers_is_as_counted
     kv_cache = 64 * (64 + 256 + 512) * 114_688  # N G rows of a template, a query and an answer
     assert kv_cache < peaks["answers"] - peaks["load"] < 1.2 * kv_cache
     flops = lambda phase: sum(n * f for (name, f, _), n in launches.items() if name == phase)
-    assert flops("answers") == approx(2 * count * (8 * (64 + 256) + 64 * 512), rel=0.1)  # prompts are read once
+    assert flops("answers") == approx(2 * count * (8 * (64 + 256) + 64 * 512), rel=0.1)  # prompts once
     tokens = 8 * (64 + 256 + 8 * 512) + 384 + 8 * 256
     assert 10 * count * tokens < flops("update") < 16 * count * tokens  # forward twice, backward, reference
     monkeypatch.setattr(evaluation, "trace_run", lambda config: (trace, reference, saved))
