@@ -581,9 +581,9 @@ def trace_sampling(trace, phase, model, prompts, copies, length, new_tokens, tok
     ids = trace.run("", 0, lambda: torch.ones(rows, length + new_tokens, dtype=torch.long))
     trace.run(phase, batches, read, ids[:math.ceil(rows / copies)], length - 1)
     trace.run(phase, batches, cache.batch_select_indices, torch.arange(rows) // copies)
-    for new, times in ((new_tokens // 2, batches * new_tokens), (new_tokens, 0)):
-        trace.run("", 0, read, ids, length + new - 2)  # not counted: generate goes by single tokens
-        trace.run(phase, times, read, ids, length + new - 1)  # half way, for all; the last: memory
+    for end, times in ((length + new_tokens // 2, batches * new_tokens), (length + new_tokens, 0)):
+        trace.run("", 0, read, ids, end - 2)  # not counted: generate goes by single tokens
+        trace.run(phase, times, read, ids, end - 1)  # half way, for all; the last, for its memory
         trace.decoding = trace.count
 
 def trace_update(trace, config, model, reference, groups, prompt, completions, length):

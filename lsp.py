@@ -453,18 +453,17 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, token_bud
     model.eval()
     ends, lengths = eos_ids(model, tokenizer), [len(p) + max_new_tokens for p in prompts]
     check_length("a prompt", max(lengths, default=0), model.config)
-    settings = transformers.GenerationConfig(
+
+    def generate(ids, cache, **changes):
+        return model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long(),
+                              past_key_values=cache, **changes)
+
+    completions, own_settings = [None] * len(prompts), model.generation_config
+    model.generation_config = transformers.GenerationConfig(  # its own would fill what is not set
         max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0],
         do_sample=temperature > 0, temperature=temperature, top_k=0, top_p=1.0,
         repetition_penalty=1.0,
         remove_invalid_values=True)  # a NaN gets to take_step, which tells of it
-
-    def generate(ids, cache, **settings):
-        return model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long(),
-                              past_key_values=cache, **settings)
-
-    completions, own_defaults = [None] * len(prompts), model.generation_config
-    model.generation_config = transformers.GenerationConfig()  # its own would fill what is not set
     try:
         for batch in batch_by_tokens(lengths, token_budget):
             ids = pad_sequence([torch.tensor(prompts[i]) for i in batch], batch_first=True,
@@ -472,15 +471,15 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, token_bud
             cache = transformers.DynamicCache(config=model.config)
             if ids.shape[1] > 1:  # all but the last token, with which generate goes on
                 distinct, copies = ids.unique(dim=0, return_inverse=True)
-                generate(distinct[:, :-1], cache, max_new_tokens=1,
+                generate(distinct[:, :-1], cache, max_new_tokens=1, do_sample=False,
                          prefill_chunk_size=PREFILL_TOKENS)
                 cache.batch_select_indices(copies)
-            out = generate(ids, cache, generation_config=settings)
+            out = generate(ids, cache)
             for i, new in zip(batch, out[:, ids.shape[1]:].tolist()):
                 first = next((n for n, token in enumerate(new) if token in ends), len(new))
                 completions[i] = new[:first + 1]
     finally:
-        model.generation_config = own_defaults
+        model.generation_config = own_settings
     return completions
 
 # 6. Rewards and judge, of TRL's shape: reward(prompts=[...], completions=[...], **_) -> [float] --
