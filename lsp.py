@@ -641,7 +641,7 @@ class AdamW:
             for grad, *stored in zip(*(x.view(-1).split(1 << 24) for x in tensors)):
                 w, m, v = (x.float() for x in stored)  # the stored ones themselves if fp32
                 step = torch.tensor(float(done), device=p.device)
-                adamw([w], [grad.float() * scale], [m], [v], [], [step], lr=self.lr, beta1=0.9,
+                adamw([w], [grad.float().mul_(scale)], [m], [v], [], [step], lr=self.lr, beta1=0.9,
                       beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False,
                       fused=True)
                 if w is not stored[0]:  # bf16
