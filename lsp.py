@@ -42,7 +42,6 @@ import random
 import re
 import runpy
 import shlex
-import shutil
 import signal
 import statistics
 import sys
@@ -454,32 +453,30 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, token_bud
     ends, lengths = eos_ids(model, tokenizer), [len(p) + max_new_tokens for p in prompts]
     check_length("a prompt", max(lengths, default=0), model.config)
 
-    def generate(ids, cache, **changes):
-        return model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long(),
-                              past_key_values=cache, **changes)
-
-    completions, own_settings = [None] * len(prompts), model.generation_config
-    model.generation_config = transformers.GenerationConfig(  # its own would fill what is not set
+    completions, sampler = [None] * len(prompts), copy.copy(model)  # the same weights
+    sampler.generation_config = transformers.GenerationConfig(  # the model's own would fill gaps
         max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0],
         do_sample=temperature > 0, temperature=temperature, top_k=0, top_p=1.0,
         repetition_penalty=1.0,
         remove_invalid_values=True)  # a NaN gets to take_step, which tells of it
-    try:
-        for batch in batch_by_tokens(lengths, token_budget):
-            ids = pad_sequence([torch.tensor(prompts[i]) for i in batch], batch_first=True,
-                               padding_value=-1, padding_side="left").to(model.device)  # -1: none
-            cache = transformers.DynamicCache(config=model.config)
-            if ids.shape[1] > 1:  # all but the last token, with which generate goes on
-                distinct, copies = ids.unique(dim=0, return_inverse=True)
-                generate(distinct[:, :-1], cache, max_new_tokens=1, do_sample=False,
-                         prefill_chunk_size=PREFILL_TOKENS)
-                cache.batch_select_indices(copies)
-            out = generate(ids, cache)
-            for i, new in zip(batch, out[:, ids.shape[1]:].tolist()):
-                first = next((n for n, token in enumerate(new) if token in ends), len(new))
-                completions[i] = new[:first + 1]
-    finally:
-        model.generation_config = own_settings
+
+    def generate(ids, cache, **changes):
+        return sampler.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long(),
+                                past_key_values=cache, **changes)
+
+    for batch in batch_by_tokens(lengths, token_budget):
+        ids = pad_sequence([torch.tensor(prompts[i]) for i in batch], batch_first=True,
+                           padding_value=-1, padding_side="left").to(model.device)  # -1: none
+        cache = transformers.DynamicCache(config=model.config)
+        if ids.shape[1] > 1:  # all but the last token, with which generate goes on
+            distinct, copies = ids.unique(dim=0, return_inverse=True)
+            generate(distinct[:, :-1], cache, max_new_tokens=1, do_sample=False,
+                     prefill_chunk_size=PREFILL_TOKENS)
+            cache.batch_select_indices(copies)
+        out = generate(ids, cache)
+        for i, new in zip(batch, out[:, ids.shape[1]:].tolist()):
+            first = next((n for n, token in enumerate(new) if token in ends), len(new))
+            completions[i] = new[:first + 1]
     return completions
 
 # 6. Rewards and judge, of TRL's shape: reward(prompts=[...], completions=[...], **_) -> [float] --
@@ -887,33 +884,21 @@ def open_folder(config):
     return folder
 
 def save_checkpoint(folder, players, iteration):
-    """Weights in Hugging Face format and trainer.pt beside them, written elsewhere and then put in
-    `checkpoint`'s place: a kill at any moment leaves a whole one."""
+    """Weights in Hugging Face format, and trainer.pt, from which alone a run goes on. Each file is
+    written elsewhere and takes its place once it is whole: a kill at any moment tears none."""
     part, optimizer = folder / "checkpoint.part", players.optimizer
     with blame(f"--out {folder}: cannot save"):
-        finish_save(folder)  # the one before, if it was interrupted
-        shutil.rmtree(part, ignore_errors=True)
         players.model.save_pretrained(part)
-        players.tokenizer.save_pretrained(part)
         torch.save({"iteration": iteration, "logs": [flush(folder / name) for name in LOGS],
                     "steps": optimizer.steps, "state": optimizer.state}, part / "trainer.pt")
-        for path in part.glob("*.*"):
-            flush(path)
-        os.replace(part, folder / "checkpoint.new")
-        finish_save(folder)
-
-def finish_save(folder):
-    """A new checkpoint that is whole takes the place of the one before."""
-    if (folder / "checkpoint.new").exists():
-        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-        os.replace(folder / "checkpoint.new", folder / "checkpoint")
+        for name in os.listdir(part):
+            flush(part / name)
+            os.replace(part / name, folder / "checkpoint" / name)
+        part.rmdir()
 
 def load_checkpoint(folder, optimizer):
     """Takes weights, optimiser and logs back to the checkpoint: what was logged later is played
     again. Returns its iteration."""
-    if rank() == 0:
-        finish_save(folder)
-    gather([])  # the other ranks wait
     kept = folder / "checkpoint"
     with blame(f"--resume: {kept}"):
         saved = torch.load(kept / "trainer.pt", "cpu", weights_only=True, mmap=True)
@@ -922,10 +907,8 @@ def load_checkpoint(folder, optimizer):
             if flush(folder / name) < sizes[name]:
                 raise ValueError(f"{name} is shorter than it was")
         optimizer.restore(saved["steps"], saved["state"])
-        gather([])  # every rank has looked
-        if rank() == 0:
-            for name in LOGS:
-                os.truncate(folder / name, sizes[name])
+        for name in LOGS:  # by every rank: the second time changes nothing
+            os.truncate(folder / name, sizes[name])
         return saved["iteration"]
 
 # 10. Toy game: a Llama of 0.1 M parameters that has seen noisy homework --------------------------
@@ -1091,7 +1074,8 @@ def train(config):
         elif rank() == 0:  # the first model is kept: others may change or delete it
             with blame(f"--out {out}: cannot save"):
                 players.reference.save_pretrained(folder / "reference")
-                players.tokenizer.save_pretrained(folder / "reference")
+                for name in ("reference", "checkpoint"):
+                    players.tokenizer.save_pretrained(folder / name)
             save_checkpoint(folder, players, 0)
         if rank() == 0:
             settings = asdict(replace(config, resume=False)) | {"world_size": world_size()}

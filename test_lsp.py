@@ -695,9 +695,9 @@ def test_adamw_is_torchs():
     ours, torchs = lsp.AdamW(mine, 1e-2), torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.0)
     for step in range(20):
         for p, q in zip(mine, theirs):
-            p.grad = torch.randn_like(p) * 10.0 ** -(step % 9)  # down to eps
-            q.grad = p.grad.clone() * 0.5
-        ours.step(scale=0.5)
+            p.grad = torch.randn_like(p) * 10.0 ** -(8 - step % 9)  # up from eps
+            q.grad = p.grad.clone() / (step + 1)
+        ours.step(scale=1 / (step + 1))
         torchs.step()
         assert all(torch.allclose(p, q, rtol=1e-6, atol=1e-8) for p, q in zip(mine, theirs))
     assert all(p.grad is None for p in mine)
@@ -845,26 +845,26 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(tmp_path, toy, given):
     assert end.dtype == (torch.bfloat16 if "dtype" in given else FP32)
     assert not torch.equal(end, start.to(end.dtype))
 
-def test_a_kill_at_any_moment_of_saving_leaves_a_run_that_ends_like_an_unbroken_one(tmp_path, toy, unbroken,
-                                                                                    monkeypatch):
-    """Copies of the folder before and after every step of the first two saves, without an iteration and with
-    one that is logged: each that had begun must go on."""
+def test_a_kill_while_saving_leaves_a_run_that_ends_like_a_whole_one(tmp_path, toy, unbroken, monkeypatch):
+    """Copies of the folder before every step of the first two saves, without an iteration and with one that
+    is logged, and in the middle of torch.save: each that had begun must go on."""
     run, seen = tmp_path / "run", {}
 
-    def look():
-        files = tuple(sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()))
-        if (run / "checkpoint.part").exists() or (run / "checkpoint.new").exists():
+    def look(*of):
+        files = *of, *sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
+        if (run / "checkpoint.part").exists():
             copied = seen.setdefault(files, tmp_path / f"copy-{len(seen)}")
             shutil.copytree(run, copied, dirs_exist_ok=True)
 
     def watched(function):
         def watch(*arguments, **options):
             look()
-            result = function(*arguments, **options)
-            look()
-            return result
+            if function.__name__ == "save":
+                arguments[1].write_bytes(b"half of trainer.pt")
+                look("half")
+            return function(*arguments, **options)
         return watch
-    for module, name in ((os, "replace"), (os, "fsync"), (os, "unlink"), (torch, "save")):
+    for module, name in ((os, "replace"), (os, "fsync"), (os, "rmdir"), (torch, "save")):
         monkeypatch.setattr(module, name, watched(getattr(module, name)))
     play(run, toy, **{**SHORT, "iterations": 1})
     monkeypatch.undo()
