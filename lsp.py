@@ -15,12 +15,13 @@ its grade, the self-reward R_Q, keeps the play out of nonsense. There is no trai
 
     python lsp.py --variant zero                 zero-sum self-play (LSP-Zero): R_Q is 0
     python lsp.py --variant lsp                  with the self-reward R_Q (LSP)
-    python lsp.py --variant grpo --prompts FILE  the baseline with data (GRPO): queries from a file
+    python lsp.py --variant grpo --prompts FILE  the baseline with data (GRPO); a toy has its own
 
-On a GPU these play the largest game that fits, for hours: the paper's, Llama-3.2-3B-Instruct, from
-44 GiB up. Without one, or with `--model toy`, they play a toy game with the same code in a minute.
+On a GPU of 11 GiB or more these play the largest game that fits, for hours: from 44 GiB up the
+paper's, with Llama-3.2-3B-Instruct. Elsewhere, or with `--model toy`, the same code plays a toy
+game in a minute.
 
-    1 Algorithm 1   its formulas, then self_play()    7 update       one backward pass a role
+    1 Algorithm 1   its formulas, then self_play()    7 update       gradients, and one step
     2 prompts       Box 1, Box 3, their parsers       8 settings     Config: every flag and default
     3 players       steps 1 to 3                      9 run folder   ranks, checkpoints, resume
     4 rows          log-probabilities of a group     10 toy game     the paper on a laptop
@@ -94,7 +95,7 @@ def unit_ratio(log_probs):
 def kl_penalty(log_probs, ref_log_probs):
     """KL(pi || pi_Ref) of the next token, estimated at tokens sampled from pi. (...) -> (...)
     k3 = exp(d) - d - 1 with d = log pi_Ref - log pi is never negative and has the KL as its mean.
-    As a loss k3 alone has the gradient of the forward KL; ratio * k3 has the KL's own gradient.
+    As a loss k3 alone has the gradient of KL(pi_Ref || pi); ratio * k3 has that of the KL above.
     # OPEN: the paper names no estimator. As in GRPO this is a token's KL, its prefix held fixed.
     The gradient of a whole sequence's KL would also credit a token for what follows it: it weighs
     the gradient at t by the log-ratios log pi - log pi_Ref summed from t on."""
@@ -104,9 +105,9 @@ def kl_penalty(log_probs, ref_log_probs):
 def policy_loss(log_probs, ref_log_probs, advantage, mask, beta, length_norm="mean",
                 num_sequences=None):
     """L_Sol or L_Ch = -(1/S) sum over sequences of [pi/sg(pi) * A - beta * KL(pi || pi_Ref)].
-    log_probs, ref_log_probs, mask: (S, T), a row a sampled completion, mask True on its tokens;
-    advantage: (S,). num_sequences: S of the whole batch where the rows are only a part of it, so
-    that the parts' losses add up to the batch's. Returns a scalar.
+    log_probs, ref_log_probs, mask: (S, L), a line a sampled completion, mask True on its tokens;
+    advantage: (S,). num_sequences: S of the whole batch where these are only a part of it, so that
+    the parts' losses add up to the batch's. Returns a scalar.
     # OPEN: length_norm "mean" averages over a sequence's tokens, as GRPO's paper does. "sum" has
     the literal formula's gradient (a sequence's log-probability is its tokens' sum), but not its
     value; beta then weighs a sequence's KL, not a token's."""
@@ -166,8 +167,8 @@ class Players:
     reference: object
     tokenizer: object
     optimizer: object
-    reward: object                    # R, a function of TRL's shape
-    judge: object                     # R_Q, likewise; no_judge but in LSP
+    reward: object                    # R, called as section 6 says
+    judge: object                     # R_Q, likewise; no_judge outside LSP
     prompts: list[str] | None = None  # GRPO: the file's queries; else the Challenger writes them
     probe: object = None              # (model, tokenizer, queries) -> more numbers for the log
     seconds: collections.Counter = field(default_factory=collections.Counter)  # by phase
@@ -209,7 +210,7 @@ Rules:
 4. Follow the template to the letter: your input stands where {{input}} stands.
 5. Make it hard: clear in what it asks, but likely to be got wrong by a good assistant.
 """
-# OPEN: of the seven criteria the paper names clarity, completeness, usefulness and style.
+# OPEN: clarity, completeness, usefulness and style are the paper's criteria, the others are ours.
 SELF_REWARD_PROMPT = """\
 You grade an exchange between a user and an assistant: the instruction and the response together.
 Ask these seven questions and give one point for each yes, none for a no:
@@ -295,7 +296,7 @@ def decode(tokenizer, ids):
 # 3. Players: steps 1 to 3 ------------------------------------------------------------------------
 def write_queries(players, config, iteration):
     """Step 1: this rank's share of N queries, q_i ~ pi_Ch. In GRPO they are the next of the file,
-    over and over. Their place follows from the iteration, also in a resumed run."""
+    shuffled once, over and over. Their place follows from the iteration, also in a resumed run."""
     players.enter("sample")
     tokenizer, mine = players.tokenizer, my_share(range(config.num_queries))
     if players.prompts is None:
@@ -328,11 +329,11 @@ def score(players, config, reward, queries, answers):
     return torch.tensor(values, dtype=torch.float64).view(-1, config.num_answers)
 
 # 4. Rows: log-probabilities of a group -----------------------------------------------------------
-ROW_TOKENS = 1344  # at most in a row: attention costs the square of its length
+ROW_TOKENS = 1344  # of a row with several completions: attention costs the square of its length
 
 @dataclass
 class Rows:
-    """Groups laid out as B rows of T tokens, with S completions of at most L tokens, M in all.
+    """B rows of T tokens, with S completions of at most L tokens; M tokens of completions in all.
     A row is [prompt | completion 1 | ... | completion K]. A completion sees the prompt and itself,
     and its positions go on from the prompt's end, so the prompt is computed once and not K times.
     The prompt p q with the completions a b and c, and who predicts a, b and c:
@@ -386,8 +387,8 @@ def lay_out(groups, dtype, device):
 
 def token_log_probs(head, hidden, targets, temperature=1.0, chunk=256):
     """log softmax(head(hidden) / temperature) at the targets. (M, H), (M,) -> (M,), fp32
-    The vocabulary is projected a chunk of tokens at a time, and again in the backward pass, so that
-    a (tokens, vocabulary) matrix never exists. The softmax is fp32: bf16 is off by 0.06 nats."""
+    The head takes a chunk of tokens at a time, and again in the backward pass, so that a whole
+    (tokens, vocabulary) matrix never exists. The softmax is fp32: bf16 is off by 0.06 nats."""
     def of_chunk(h, y):
         return -cross_entropy(head(h).float().div_(temperature), y, reduction="none")
 
@@ -443,12 +444,12 @@ def check_length(culprit, tokens, model_config):
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, token_budget=SAMPLE_TOKENS):
-    """One completion for each prompt, all token ids: up to and with its first EOS, or cut off
-    without one. Temperature 0 is greedy; token_budget: tokens in flight, at most.
+    """One completion for each prompt, both token ids: up to and with its first EOS, or cut off
+    without one. Temperature 0 is greedy; token_budget: tokens in flight, at most. Equal prompts
+    are read once, and their KV cache is copied. Leaves the model in evaluation mode: in training
+    mode checkpointing would drop the cache.
     # OPEN: training samples from exactly what is scored: temperature 1, no top-k, no top-p. At
-    another temperature the policy that is trained is the tempered one.
-    Equal prompts are read once, and their KV cache is copied. Leaves the model in evaluation mode:
-    in training mode checkpointing would drop the cache."""
+    another temperature the policy that is trained is the tempered one."""
     model.eval()
     ends, lengths = eos_ids(model, tokenizer), [len(p) + max_new_tokens for p in prompts]
     check_length("a prompt", max(lengths, default=0), model.config)
@@ -469,10 +470,10 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, token_bud
                            padding_value=-1, padding_side="left").to(model.device)  # -1: none
         cache = transformers.DynamicCache(config=model.config)
         if ids.shape[1] > 1:  # all but the last token, with which generate goes on
-            distinct, copies = ids.unique(dim=0, return_inverse=True)
+            distinct, which = ids.unique(dim=0, return_inverse=True)  # ids is distinct[which]
             generate(distinct[:, :-1], cache, max_new_tokens=1, do_sample=False,
                      prefill_chunk_size=PREFILL_TOKENS)
-            cache.batch_select_indices(copies)
+            cache.batch_select_indices(which)
         out = generate(ids, cache)
         for i, new in zip(batch, out[:, ids.shape[1]:].tolist()):
             first = next((n for n, token in enumerate(new) if token in ends), len(new))
@@ -557,12 +558,12 @@ def call_reward(reward, prompts, completions):
                                  f"{prompts[row][:50]!r}, {completions[row][:50]!r}")
         return values
 
-# 7. Update: one backward pass a role, one step ---------------------------------------------------
+# 7. Update: the gradient of each role's loss, then one step --------------------------------------
 MAX_NORM = 1.0  # OPEN: the gradient is clipped at this norm, as TRL's trainers did
 
 def add_gradient(players, config, groups, advantages, weight=1.0):
     """Step 5 for one role: adds the gradient of weight * L to the model's. Returns its loss, KL and
-    entropy over all ranks, the latter two in nats a token, means over the sampled tokens.
+    entropy over all ranks, the last two in nats a token, means over the sampled tokens.
     groups: this rank's; advantages: all ranks', (N, G) the Solver's or (N,) the Challenger's. The
     loss divides by their number, so neither micro-batches nor ranks change the gradient."""
     players.enter("update")
@@ -591,7 +592,8 @@ def add_gradient(players, config, groups, advantages, weight=1.0):
     return {"loss": loss, "kl": kl / tokens, "entropy": -log_prob / tokens}
 
 def take_step(players, config, solver, challenger):
-    """Step 5: one step down the gradient of L_Sol + alpha_Ch L_Ch. Returns numbers for the log."""
+    """Step 5: one step down the gradient that add_gradient summed, of L_Sol + alpha_Ch L_Ch, whose
+    value is only logged. Returns numbers for the log."""
     optimizer = players.optimizer
     loss = self_play_loss(solver["loss"], challenger.get("loss", 0.0), config.alpha_ch)
     grads = [all_reduce(p.grad) for p in optimizer.parameters if p.grad is not None]
@@ -663,9 +665,9 @@ def flag(default, help, choices=None, least=None):
 @dataclass
 class Config:
     """Every flag, with the default of the paper's game; TOY and GAMES hold what others change.
-    # OPEN: the paper gives no N, G, beta, alpha_ch, lr or lengths. Beta, G and lr are those of
-    TRL's GRPO until version 0.18 (June 2025); its beta is 0 from 0.21 (August 2025) on. It cut off
-    an answer at 256 tokens and a prompt at 512; we give answers more, and queries less."""
+    # OPEN: the paper gives no task, template, N, G, beta, alpha_ch, lr or lengths. Beta, G and lr
+    are those of TRL's GRPO until 0.18 (June 2025; beta is 0 from 0.19 on), whose lr decays. It cut
+    off an answer at 256 tokens and a prompt at 512; we give answers more, and queries less."""
     variant: str = flag("zero", "zero-sum, with R_Q, or from a file", ("zero", "lsp", "grpo"))
     model: str = flag("", "id, folder or `toy`; left out: the largest game that fits the GPU")
     reward: str = flag("Skywork/Skywork-Reward-V2-Llama-3.2-3B",
@@ -687,7 +689,7 @@ class Config:
     length_norm: str = flag("mean", "over a completion's tokens", ("mean", "sum"))
     optimizer_bits: int = flag(32, "32: fp32 masters; 16: bf16, rounded stochastically", (32, 16))
     update_tokens: int = flag(4608, "of a micro-batch; the gradient is the same", least=1)
-    sample_tokens: int = flag(SAMPLE_TOKENS, "in flight while sampling or scoring", least=1)
+    sample_tokens: int = flag(SAMPLE_TOKENS, "in flight while sampling, grades too", least=1)
     out: str = flag("", "run folder [a new one under runs/]")
     resume: bool = flag(False, "go on with the run in --out")
     save_every: int = flag(100, "iterations between checkpoints, or ten minutes", least=1)
@@ -957,7 +959,7 @@ def toy_data(seed, wrong_grades=0.05):
     pretrained model knows more than one file. answers: (query, 8 answers) over the whole table, the
     larger the more often wrong. exchanges: (query, answer, grade): 7 for a product, right or wrong,
     5 for all else, so that the judge knows what is well-formed and no arithmetic; `wrong_grades` of
-    them are random. The margin of 2 is more than R's 0 to 1, and does not drown it. Half of what is
+    them are random. The margin of 2 is more than R's 0 to 1, and does not drown it. Much of what is
     no product is nearly one: without these the players find what the judge has not seen."""
     draw = random.Random(seed)
     symbols = lambda length, some="0123456789xxx": "".join(draw.choices(some, k=length))
@@ -974,11 +976,11 @@ def toy_data(seed, wrong_grades=0.05):
         right = 0.7 - 0.05 * max(a, b)
         guess = lambda: a * b if draw.random() < right else digit() * digit()
         answers.append((f"{a}x{b}", [str(guess()) for _ in range(8)]))
-    for kind in range(8000):
+    for number in range(8000):
         query, at = f"{digit()}x{digit()}", draw.randint(0, 3)
         spoiled = query[:at] + symbols(draw.randint(0, 3)) + query[at + draw.randint(0, 1):]
         three, any_length = symbols(3, "0123456789xxxxx"), symbols(draw.randint(0, 6))
-        query = (query, spoiled, three, any_length)[kind % 4]
+        query = (query, spoiled, three, any_length)[number % 4]
         product = PRODUCT.fullmatch(query)
         right = int(product[1]) * int(product[2]) if product else digit() * digit()
         answer = draw.choice((symbols(draw.randint(0, 4)), str(digit() * digit()), str(right)))
@@ -1036,10 +1038,10 @@ def load_players(config):
             raise UserError("--prompts: --variant grpo needs a file of queries")
         prompts = read_prompts(config.prompts) if config.prompts else toy_data(config.seed)[0]
         prompts = random.Random(f"{config.seed}/0").sample(prompts, len(prompts))
-    models = {"--model": (name, name == "toy"), "--reward": (config.reward, reward),
+    named = {"--model": (name, name == "toy"), "--reward": (config.reward, reward),
               "--judge": (config.judge, judge)}
-    for flag, (model, loaded) in models.items():
-        if model and not loaded:  # a chat template that is wrong is told before a model is loaded
+    for flag, (model, is_there) in named.items():
+        if model and not is_there:  # a chat template that is wrong is told before a model is loaded
             load_tokenizer(model, flag)
     if config.prompts and name != "toy":
         longest, arch = max(prompts, key=len), from_hub("--model", name, AutoConfig.from_pretrained)
@@ -1160,13 +1162,15 @@ def report(config, rows):
     tenth = max(1, len(rows) // 10)
     first, last = rows[:tenth], rows[-tenth:]
     mean = lambda part, name: sum(row.get(name) or 0 for row in part) / tenth
-    say(f"\n{'':20} {'before':>9} {'after':>9}")
+    say(f"\n{'':20} {'first 10%':>9} {'last 10%':>9}")
     for name in ("reward", "quality", "kl_solver", "kl_challenger", "accuracy", "valid"):
         if any(row.get(name) for row in rows):
             say(f"{name:20} {mean(first, name):9.3f} {mean(last, name):9.3f}")
     failed = sum(row["judge_failures"] for row in rows)
     if failed > len(rows) * config.num_queries * config.num_answers / 4:
         say(f"warning: {failed} grades could not be read: a weak judge; --judge names another")
+    if mean(last, "flat_groups") > 0.9:
+        say("warning: most queries' answers all earn the same (flat_groups), and teach nothing")
     gain = lambda name: mean(last, name) - mean(first, name)
     noise = lambda name: statistics.pstdev(row[name] for row in first)
     if gain("quality") > noise("quality") and -gain("reward") > noise("reward"):
@@ -1215,7 +1219,7 @@ def prepare():
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # torchrun sets it
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(timeout=datetime.timedelta(hours=1))  # 45 GB, slow disks
+        dist.init_process_group(timeout=datetime.timedelta(hours=1))  # rank 0 saves 45 GB meanwhile
 
 def main(argv=None):
     given = vars(make_parser().parse_args(argv))

@@ -1184,9 +1184,9 @@ def test_the_judge_is_the_reference_another_chat_model_or_a_function(judge, tmp_
 
 @cases("change, warning", [
     ({}, ""), ({"judge_failures": 5}, "grades could not be read"),
-    ({"quality": 6.0, "reward": 0.2}, "R_Q rose while R fell")])
-def test_the_end_warns_of_a_weak_judge_and_a_hacked_one_and_quotes_what_is_next(change, warning, capsys):
-    row = dict(reward=0.5, quality=5.0, judge_failures=0, kl_solver=None)
+    ({"flat_groups": 0.95}, "flat_groups"), ({"quality": 6.0, "reward": 0.2}, "R_Q rose while R fell")])
+def test_the_end_warns_of_what_teaches_nothing_and_of_weak_and_hacked_judges(change, warning, capsys):
+    row = dict(reward=0.5, quality=5.0, judge_failures=0, kl_solver=None, flat_groups=0.2)
     config = Config(out="runs/my run", reward="own.py:f", num_queries=4, num_answers=4)
     lsp.report(config, [row] + [{**row, **change}] * 9)
     text = capsys.readouterr().out
@@ -1209,7 +1209,7 @@ def test_the_program_plays_the_toy_by_default_and_says_why(tmp_path, toy, capsys
     lsp.main("--iterations 1 --num-queries 4".split())
     text = capsys.readouterr().out
     assert re.match(r"game: toy \(.*no GPU.*\)", text)
-    assert "before" in text and "runs/zero" in text and (tmp_path / "runs/zero/checkpoint").is_dir()
+    assert "first 10%" in text and "runs/zero" in text and (tmp_path / "runs/zero/checkpoint").is_dir()
     lsp.main("--iterations 1 --num-queries 4 --model runs/zero/checkpoint".split())
     assert (tmp_path / "runs/zero-2/metrics.jsonl").is_file()
 
