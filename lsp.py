@@ -1089,7 +1089,9 @@ def train(config):
 def play_run(players, config, folder, start):
     """Iterates over self_play: seeds, logs and shows each iteration, and saves on every way out."""
     iterations, optimizer = self_play(players, config, start), players.optimizer
-    played, steps, saved, saved_at, strikes = start, optimizer.steps, start, time.monotonic(), 0
+    played = saved = start  # iterations: logged, and in the checkpoint
+    steps = optimizer.steps  # of what is logged; None while an iteration is half logged
+    saved_at, strikes = time.monotonic(), 0
     bar = tqdm(range(start, config.iterations), initial=start, total=config.iterations, desc="play",
                disable=rank() > 0)
     try:
@@ -1097,7 +1099,7 @@ def play_run(players, config, folder, start):
             seed = random.Random(f"{config.seed}/{iteration}/{rank()}").getrandbits(32)
             transformers.set_seed(seed)  # all that is random: a resumed run draws the same
             plays, numbers = next(iterations)
-            steps = None  # so that what is only half logged is not saved
+            steps = None
             row, records = metrics(players, plays, numbers)
             if rank() == 0:
                 for name, rows in zip(LOGS, ([row], records)):
