@@ -1004,7 +1004,8 @@ def toy_tokenizer():
 def make_toy(seed, wrong_grades=0.05, steps=1200, batch=32):
     """The toy after some homework: (model, tokenizer)."""
     torch.manual_seed(seed)
-    tokenizer, (_, queries, homework, exchanges) = toy_tokenizer(), toy_data(seed, wrong_grades)
+    tokenizer = toy_tokenizer()
+    _, queries, homework, exchanges = toy_data(seed, wrong_grades)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=176, num_hidden_layers=2,
         num_attention_heads=4, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1,
@@ -1044,7 +1045,8 @@ def load_players(config):
         if model and not is_there:  # a chat template that is wrong is told before a model is loaded
             load_tokenizer(model, flag)
     if config.prompts and name != "toy":
-        longest, arch = max(prompts, key=len), from_hub("--model", name, AutoConfig.from_pretrained)
+        longest = max(prompts, key=len)
+        arch = from_hub("--model", name, AutoConfig.from_pretrained)
         tokens = len(encode_query(load_tokenizer(name), longest)) + config.max_answer_tokens
         check_length(f"--prompts {config.prompts}: {longest[:50]!r}", tokens, arch)
     device, dtype = pick_device(config.device, config.dtype)
