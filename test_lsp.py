@@ -847,25 +847,25 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(tmp_path, toy, given):
 
 def test_a_kill_while_saving_leaves_a_run_that_ends_like_a_whole_one(tmp_path, toy, unbroken, monkeypatch):
     """Copies of the folder before every step of the first two saves, without an iteration and with one that
-    is logged, and in the middle of torch.save: each that had begun must go on."""
+    is logged, and in the middle of a file: each that had begun must go on."""
     run, seen = tmp_path / "run", {}
 
     def look(*of):
         files = *of, *sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
-        if (run / "checkpoint.part").exists():
+        if of or (run / "checkpoint.part").exists():
             copied = seen.setdefault(files, tmp_path / f"copy-{len(seen)}")
             shutil.copytree(run, copied, dirs_exist_ok=True)
 
     def watched(function):
         def watch(*arguments, **options):
             look()
-            if function.__name__ == "save":
-                arguments[1].write_bytes(b"half of trainer.pt")
+            if function.__name__ in ("save", "write_text"):
+                next(x for x in arguments if isinstance(x, Path)).write_bytes(b"half of it")
                 look("half")
             return function(*arguments, **options)
         return watch
-    for module, name in ((os, "replace"), (os, "fsync"), (os, "rmdir"), (torch, "save")):
-        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    for owner, name in ((os, "replace"), (os, "fsync"), (os, "rmdir"), (torch, "save"), (Path, "write_text")):
+        monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
     play(run, toy, **{**SHORT, "iterations": 1})
     monkeypatch.undo()
     begun = {copy: (copy / "config.json").exists() for copy in seen.values()}
