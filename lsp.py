@@ -453,8 +453,8 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, token_bud
     model.eval()
     ends, lengths = eos_ids(model, tokenizer), [len(p) + max_new_tokens for p in prompts]
     check_length("a prompt", max(lengths, default=0), model.config)
-
-    completions, sampler = [None] * len(prompts), copy.copy(model)  # the same weights
+    completions = [None] * len(prompts)
+    sampler = copy.copy(model)  # the same weights, settings of its own
     sampler.generation_config = transformers.GenerationConfig(  # the model's own would fill gaps
         max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0],
         do_sample=temperature > 0, temperature=temperature, top_k=0, top_p=1.0,
@@ -1040,7 +1040,7 @@ def load_players(config):
         prompts = read_prompts(config.prompts) if config.prompts else toy_data(config.seed)[0]
         prompts = random.Random(f"{config.seed}/0").sample(prompts, len(prompts))
     named = {"--model": (name, name == "toy"), "--reward": (config.reward, reward),
-              "--judge": (config.judge, judge)}
+             "--judge": (config.judge, judge)}
     for flag, (model, is_there) in named.items():
         if model and not is_there:  # a chat template that is wrong is told before a model is loaded
             load_tokenizer(model, flag)

@@ -850,9 +850,9 @@ def test_a_kill_while_saving_leaves_a_run_that_ends_like_a_whole_one(tmp_path, t
     is logged, and in the middle of a file: each that had begun must go on."""
     run, seen = tmp_path / "run", {}
 
-    def look(*of):
-        files = *of, *sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
-        if of or (run / "checkpoint.part").exists():
+    def look(*note):
+        files = *note, *sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
+        if note or (run / "checkpoint.part").exists():
             copied = seen.setdefault(files, tmp_path / f"copy-{len(seen)}")
             shutil.copytree(run, copied, dirs_exist_ok=True)
 
