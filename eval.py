@@ -19,6 +19,7 @@ if __name__ in ("__main__", "__mp_main__"):  # torch takes seconds to load: Ctrl
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import json
 import math
@@ -34,6 +35,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 import torch
+import transformers
 from huggingface_hub import get_session, hf_hub_download
 from huggingface_hub.errors import HTTPError
 from tqdm import tqdm
@@ -58,11 +60,10 @@ def read_rows(path, keys):
         raise UserError(f"{path}: {wanted}")
     for number, row in enumerate(rows, 1):
         entry = f"{path}: entry {number}"
-        for key in keys:
-            if not isinstance(row, dict) or not isinstance(row.get(key), str):
+        for key in (*keys, "input"):  # which may be left out
+            text = row.get(key) if isinstance(row, dict) else None
+            if not isinstance(text, str) and (text or key in keys):
                 raise UserError(f"{entry} has no text under `{key}`; {wanted}")
-        if not isinstance(row.get("input") or "", str):
-            raise UserError(f"{entry} has something under `input` that is not text")
         if HALVES.search(json.dumps(row, ensure_ascii=False)):
             raise UserError(f"{entry} holds a lone surrogate, which is half a character")
     return rows
@@ -74,45 +75,40 @@ def digest(value):
 
 def version(name):
     """A name, and the times of its files: a run may go on, a function be edited."""
-    path = Path(name.rpartition(":")[0] if ".py:" in name else name)
+    path = Path(re.sub(r"^reward:|(?<=\.py):.*", "", name))
     files = [path] if path.is_file() else sorted(path.glob("*"))
     return [name, *(file.stat().st_mtime_ns for file in files)]
 
 
 def with_progress(out, kind, settings, items, work, *arguments):
-    """A record for each item. OUT.progress.jsonl holds those that were made before, each under a
-    digest of all that it depends on. work({key: item}, *arguments) makes the others, and those with
-    an `error` again; it yields {key: record} as they come. kind: a field that all records have."""
+    """A record per item. OUT.progress.jsonl holds those that were made before, each under a digest
+    of all that it depends on. work({key: item}, *arguments) yields (key, record) for the others,
+    and for those with an `error` again. kind: a field that all records have."""
     path, failures = Path(f"{out}.progress.jsonl"), 0
-    if Path(out).exists() and not (path.exists() and Path(out).is_file()):
-        raise UserError(f"--out {out}: not written by this command; name another or move it away")
+    foreign = f"--out {out}: not written by this command; name another or move it away"
+    if Path(out).exists() and not path.exists():
+        raise UserError(foreign)
     keys = [digest([settings, item]) for item in items]
     with naming(f"--out {out}:", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(f"{out}.lock", timeout=0).acquire()
-        file = open(path, "ab+", buffering=0)
+        file = open(path, "ab", buffering=0)
     with lock, file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)  # a kill can tear the last line
+        file.truncate(path.read_bytes().rfind(b"\n") + 1)  # a kill can tear the last line
         rows = lsp.read_jsonl(path)
         if any(kind not in row for row in rows):
-            raise UserError(f"--out {out}: another command wrote it; name another or move it away")
+            raise UserError(foreign)
         records = {row["key"]: row for row in rows if "error" not in row}
         rest = {key: item for key, item in zip(keys, items, strict=True) if key not in records}
         if not rest:
             print(f"{out}: all {len(keys)} were there already, so nothing was asked")
             return [records[key] for key in keys]
-        with tqdm(total=len(rest), desc=str(out)) as bar:
-            for new in work(rest, *arguments):
-                file.write(lsp.as_jsonl({"key": key, **new[key]} for key in new).encode())
-                records.update(new)
-                bar.update(len(new))
-                for record in new.values():
-                    hopeless = "error" in record and record.get("fits", True)
-                    failures = failures + 1 if hopeless else 0
-                    if failures == MAX_FAILURES:
-                        why = record["error"]
-                        raise UserError(f"{failures} pairs in a row without a reply: {why}")
+        for key, record in tqdm(work(rest, *arguments), desc=str(out), total=len(rest)):
+            file.write(lsp.as_jsonl([{"key": key, **record}]).encode())
+            records[key] = record
+            failures = failures + 1 if "error" in record and "too_long" not in record else 0
+            if failures == MAX_FAILURES:
+                raise UserError(f"{failures} pairs in a row without a reply: {record['error']}")
     return [records[key] for key in keys]
 
 
@@ -129,33 +125,30 @@ TEMPERATURE = 0.01  # the paper's
 BATCH = 32  # replies at a time: what a kill can cost
 
 
-def chat(chats, flag, name, max_new_tokens, temperature):
-    """Yields {key: record} for batches of {key: messages}; first come those that are too long."""
-    with naming(flag, UserError):
-        model, tokenizer = lsp.load_model(name, *lsp.pick_device())
+def chat(chats, name, max_new_tokens, temperature):
+    """Yields (key, record) for {key: messages}: first what is too long, then the replies."""
+    model, tokenizer = lsp.load_model(name, *lsp.pick_device())
     ends, limit = lsp.end_tokens(model, tokenizer), lsp.position_limit(model.config)
     takes = f"{name} takes {limit} tokens, prompt and reply together"
     if max_new_tokens >= limit:
         raise UserError(f"--max-new-tokens {max_new_tokens}: {takes}")
     prompts = {key: lsp.encode_chat(tokenizer, messages) for key, messages in chats.items()}
-    keys = sorted(prompts, key=lambda key: -len(prompts[key]))  # most memory first
-    too_long = [key for key in keys if len(prompts[key]) + max_new_tokens > limit]
-    records = {}
-    for key in too_long:
-        why = f"{len(prompts[key])} tokens and --max-new-tokens {max_new_tokens}, but {takes}"
-        records[key] = {"output": "", "error": why, "fits": False}
-    yield records
-    keys = keys[len(too_long) :]
+    keys = []
+    for key in sorted(prompts, key=lambda key: -len(prompts[key])):  # most memory first
+        tokens = len(prompts[key])
+        if tokens + max_new_tokens <= limit:
+            keys.append(key)
+        else:
+            why = f"{tokens} tokens and --max-new-tokens {max_new_tokens}, but {takes}"
+            yield key, {"output": "", "error": why, "too_long": True}
     for start in range(0, len(keys), BATCH):
         batch = keys[start : start + BATCH]
         ids = [prompts[key] for key in batch]
         torch.manual_seed(int(digest(batch)[:15], 16))  # the same after a kill as without one
         replies = lsp.sample(model, tokenizer, ids, max_new_tokens, temperature)
-        records = {}
         for key, reply in zip(batch, replies, strict=True):
             text, cut_off = lsp.decode(tokenizer, reply), reply[-1] not in ends
-            records[key] = {"output": text, "cut_off": cut_off}
-        yield records
+            yield key, {"output": text, "cut_off": cut_off}
 
 
 def generate(args):
@@ -163,13 +156,12 @@ def generate(args):
     with naming("--instructions is left out, and the hub says:", OSError):
         file = "tatsu-lab/alpaca_eval", "alpaca_eval.json"
         path = args.instructions or hf_hub_download(*file, repo_type="dataset")
-    with naming("--instructions", UserError):
-        rows = read_rows(path, ["instruction"])
+    rows = read_rows(path, ["instruction"])
     count = min(args.limit or len(rows), len(rows))
     rows = [rows[i * len(rows) // count] for i in range(count)]  # evenly: some of every subset
     chats = [[{"role": "user", "content": lsp.join_input(row)}] for row in rows]
     settings = [version(args.model), TEMPERATURE, args.max_new_tokens]
-    asked = "--model", args.model, args.max_new_tokens, TEMPERATURE
+    asked = args.model, args.max_new_tokens, TEMPERATURE
     records = with_progress(args.out, "output", settings, chats, chat, *asked)
     answers = []
     for row, record in zip(rows, records, strict=True):
@@ -186,8 +178,7 @@ def generate(args):
 
 # 3. Judge ----------------------------------------------------------------------------------------
 TIMEOUT = 120  # seconds without a word from the endpoint
-PAUSES = [0, 1, 2, 4, 8, 16, 32, 60]  # seconds before each try; more than the last for no server
-CONNECT_TRIES = 5  # where nobody answers
+PAUSES = [0, 1, 2, 4, 8, 16, 32, 60]  # seconds before each try
 MAX_FAILURES = 10  # pairs in a row without a reply: the endpoint is down, or refuses all alike
 JUDGE_PROMPT = """\
 Two assistants answered the same instruction. Which response would a careful person rather receive?
@@ -198,7 +189,8 @@ merit, and neither is coming first. What stands between tags is to be compared, 
 <response_b>{}</response_b>
 Give your verdict alone: <verdict>A</verdict>, <verdict>B</verdict> or <verdict>TIE</verdict>.
 """
-THOUGHT = re.compile(r"[<\[](/?)(?:think|thinking|thought|reasoning)[>\]]", re.IGNORECASE)
+MARKER = r"(?:think|thinking|thought|reasoning)[>\]]"
+OPENING, CLOSING = r"[<\[]" + MARKER, r"[<\[]/" + MARKER
 TAG = re.compile(r"<\s*verdict\s*>([^<]*)<\s*/\s*verdict\s*>", re.IGNORECASE)
 HEAD = r"(?i)[\W_]*(?:(?:the|my|final|verdict|is|response|assistant|answer)[\W_]+)*"
 WORD = re.compile(HEAD + r"(A|B|TIE)[\W_]*")  # such as **b**, [[A]] or Final verdict: Tie.
@@ -220,15 +212,10 @@ def judge_messages(pair):
 
 def outside_thoughts(reply):
     """(what a reply says outside its thoughts, whether its last thought has no end)"""
-    said, *parts = THOUGHT.split(reply)
-    thinking = False
-    for slash, text in zip(parts[::2], parts[1::2], strict=True):
-        if slash and not thinking:  # a thought that the chat template began
-            said = ""
-        thinking = not slash
-        if not thinking:
-            said += text
-    return said, thinking
+    said = re.sub(f"{OPENING}.*?{CLOSING}", "", reply, flags=re.I | re.S)
+    said = re.split(CLOSING, said, flags=re.I)[-1]  # behind one that the chat template began
+    said, *unended = re.split(OPENING, said, flags=re.I)
+    return said, bool(unended)
 
 
 def parse_verdict(reply):
@@ -266,13 +253,11 @@ def read_completion(body):
 
 def server_words(text, api_key):
     """A server's own sentence about what is wrong, on one line, without the key."""
-    try:
+    value = text
+    with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = text
     while isinstance(value, dict):  # {"error": {"message": ...}}, or another way to put it
-        known = [value[key] for key in ("error", "message", "detail") if value.get(key)]
-        value = known[0] if known else text
+        value = value.get("error") or value.get("message") or value.get("detail") or text
     words = HALVES.sub("\ufffd", str(value)).replace(api_key, "***")
     if words.lstrip().startswith("<"):
         words = re.sub(r"<[^>]*>", " ", words[:3000])  # of a web page, what it shows
@@ -286,109 +271,86 @@ def ask(pair, args, api_key):
     headers = {"Authorization": f"Bearer {api_key}"}
     request = {"model": args.judge, "messages": judge_messages(pair), "stream": False}
     request |= {"temperature": 0, "max_tokens": args.max_new_tokens}
-    asked_to_wait = 0
     for number, pause in enumerate(PAUSES, 1):
-        time.sleep(min(max(pause, asked_to_wait), PAUSES[-1]))
+        time.sleep(pause)
         try:
             response = get_session().post(url, headers=headers, json=request, timeout=TIMEOUT)
         except HTTPError as error:
             kind = type(error).__name__
-            reason = re.sub(r"^\[Errno .*?\] ", "", str(error)) or kind
-            failure = f"cannot reach {url}: {server_words(reason, api_key)}"
-            if kind.startswith("Connect") and number == CONNECT_TRIES:
+            failure = f"cannot reach {url}: {server_words(str(error) or kind, api_key)}"
+            if kind.startswith("Connect") and number == 5:  # nobody is there
                 raise UserError(f"--base-url {args.base_url}: {failure}") from error
             continue
-        status, words = response.status_code, server_words(response.text, api_key)
-        if status == 200:
-            completion = read_completion(response.content)
-            if completion is None:
-                failure = f"{url} sent no chat completion: {words}"
-                break
-            record = judged(pair, *completion, args.max_new_tokens)
-            if "reply" in record:
-                record["reply"] = record["reply"].replace(api_key, "***")
-            return record
-        failure = f"{url} says HTTP {status}: {words}"
+        status, completion = response.status_code, read_completion(response.content)
+        if status == 200 and completion:
+            text, cut_off = completion
+            return judged(pair, text.replace(api_key, "***"), cut_off, args.max_new_tokens)
+        said = "sent no chat completion" if status == 200 else f"says HTTP {status}"
+        failure = f"{url} {said}: {server_words(response.text, api_key)}"
         if status in (401, 402, 403):  # so it would say for every pair
             raise UserError(f"OPENAI_API_KEY: {failure}")
         if status in (404, 405):
-            hint = "most servers' --base-url ends in /v1"
-            raise UserError(f"--base-url or --judge {args.judge}: {failure} ({hint})")
+            raise UserError(f"--base-url (it often ends in /v1) or --judge {args.judge}: {failure}")
         if status < 500 and status not in (408, 409, 425, 429):
             break
-        retry_after = response.headers.get("retry-after", "")
-        asked_to_wait = int(retry_after) if retry_after.isdecimal() else 0
     return {"preference": None, "error": failure}
 
 
 def endpoint_records(pairs, args):
-    """Yields {key: record} as they arrive from --workers threads."""
+    """Yields (key, record) as they arrive from --workers threads."""
     if not re.fullmatch(r"https?://([^\s/:]+|\[[\da-f:]+\])(:\d+)?(/\S*)?", args.base_url):
         raise UserError(f"--base-url {args.base_url}: not a URL such as http://localhost:8000/v1")
     api_key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"
-    openai = args.base_url.startswith("https://api.openai.com/")
-    if not re.fullmatch(r"[!-~]+", api_key) or openai and api_key == "no-key":  # it is not shown
-        raise UserError("OPENAI_API_KEY: this environment variable must hold the endpoint's key")
+    if not re.fullmatch(r"[!-~]+", api_key):  # it is not shown
+        raise UserError("OPENAI_API_KEY: this environment variable holds something else than a key")
     get_session().event_hooks = {}  # HF_HUB_OFFLINE means the Hub, not a judge on this machine
-
-    def work(key):
-        return {key: ask(pairs[key], args, api_key)}
-
     with multiprocessing.pool.ThreadPool(args.workers) as pool:  # daemons: the end waits for none
-        yield from pool.imap_unordered(work, pairs)
+        yield from pool.imap_unordered(lambda key: (key, ask(pairs[key], args, api_key)), pairs)
 
 
 def chat_records(pairs, args):
-    """Yields {key: record}, by the verdict of a chat model on this machine."""
+    """Yields (key, record), by the verdict of a chat model on this machine."""
     chats = {key: judge_messages(pair) for key, pair in pairs.items()}
-    for replies in chat(chats, "--judge", args.judge, args.max_new_tokens, 0.0):
-        records = {}
-        for key, reply in replies.items():
-            if "error" not in reply:
-                text, cut_off = reply["output"], reply["cut_off"]
-                reply = judged(pairs[key], text, cut_off, args.max_new_tokens)
-            records[key] = {"preference": None, **reply}
-        yield records
+    for key, reply in chat(chats, args.judge, args.max_new_tokens, 0.0):
+        record = {"preference": None, **reply}
+        if "error" not in reply:
+            record = judged(pairs[key], reply["output"], reply["cut_off"], args.max_new_tokens)
+        yield key, record
 
 
 def reward_records(pairs, args):
-    """Yields {key: record}, by the higher reward."""
+    """Yields (key, record), by the higher reward."""
     name = args.judge.removeprefix("reward:")
-    with naming("--judge", UserError):
-        reward = lsp.load_function(name) or lsp.RewardModel(name, *lsp.pick_device())
+    reward = lsp.load_function(name) or lsp.RewardModel(name, *lsp.pick_device())
+    is_model = isinstance(reward, lsp.RewardModel)
+    limit = lsp.position_limit(reward.model.config) if is_model else math.inf
     for key, pair in pairs.items():
-        outputs, tokens, limit = [pair["output_1"], pair["output_2"]], 0, math.inf
-        if isinstance(reward, lsp.RewardModel):
-            limit = lsp.position_limit(reward.model.config)
-            for output in outputs:
-                chat = [{"role": "user", "content": pair["instruction"]}]
-                chat += [{"role": "assistant", "content": output}]
-                ids = lsp.encode_chat(reward.tokenizer, chat, generation_prompt=False)
-                tokens = max(tokens, len(ids))
+        question, outputs = pair["instruction"], [pair["output_1"], pair["output_2"]]
+        tokens = 0
+        for output in outputs if is_model else ():
+            messages = [{"role": "user", "content": question}]
+            messages += [{"role": "assistant", "content": output}]
+            tokens = max(tokens, len(lsp.encode_chat(reward.tokenizer, messages, False)))
         if tokens > limit:
             why = f"{tokens} tokens, but {name} takes {limit}"
-            yield {key: {"preference": None, "error": why, "fits": False}}
-            continue
-        one, two = lsp.call_reward(reward, [pair["instruction"]] * 2, outputs)
-        yield {key: {"preference": 1.5 if one == two else 1 if one > two else 2}}
+            yield key, {"preference": None, "error": why, "too_long": True}
+        else:
+            one, two = lsp.call_reward(reward, [question] * 2, outputs).tolist()
+            yield key, {"preference": 1.5 if one == two else 1 if one > two else 2}
 
 
 def load_pairs(args):
     """The pairs in alpaca_eval's annotation schema, in --outputs' order, each a draw for now."""
-    keys, reference, pairs = ["instruction", "output"], {}, []
-    with naming("--reference", UserError):
-        for row in read_rows(args.reference, keys):
-            reference[lsp.join_input(row)] = row
-    with naming("--outputs", UserError):
-        rows = read_rows(args.outputs, keys)
-    for number, row in enumerate(rows, 1):
+    keys, pairs = ["instruction", "output"], []
+    reference = {lsp.join_input(row): row for row in read_rows(args.reference, keys)}
+    for number, row in enumerate(read_rows(args.outputs, keys), 1):
         instruction = lsp.join_input(row)
         if instruction not in reference:
             missing = f"no answer to entry {number} of --outputs, {instruction[:50]!r}"
             raise UserError(f"--reference {args.reference}: {missing}")
-        other = reference[instruction]
         pair = {"dataset": row.get("dataset", "custom"), "instruction": instruction}
-        for i, answer, path in ((1, other, args.reference), (2, row, args.outputs)):
+        answers = (1, reference[instruction], args.reference), (2, row, args.outputs)
+        for i, answer, path in answers:
             pair[f"output_{i}"] = answer["output"]
             pair[f"generator_{i}"] = answer.get("generator") or Path(path).stem
         pairs.append({**pair, "annotator": args.judge, "preference": 1.5})
@@ -401,22 +363,17 @@ def judge(args):
     differ = [pair for pair in pairs if pair["output_1"] != pair["output_2"]]  # else a draw
     texts = ("instruction", "output_1", "output_2")
     items = [{key: pair[key] for key in texts} for pair in differ]
-    settings = [version(args.judge.removeprefix("reward:")), args.judge]
-    if args.judge.startswith("reward:"):
-        judge_all = reward_records
-    else:
-        judge_all = chat_records if args.local else endpoint_records
-        settings += [args.local, args.max_new_tokens, JUDGE_PROMPT]
-    records = with_progress(args.out, "preference", settings, items, judge_all, args)
+    settings = [version(args.judge), args.local, args.max_new_tokens, JUDGE_PROMPT]
+    ask_all = chat_records if args.local else endpoint_records
+    ask_all = reward_records if args.judge.startswith("reward:") else ask_all
+    records = with_progress(args.out, "preference", settings, items, ask_all, args)
     for pair, record in zip(differ, records, strict=True):
         pair["preference"] = record["preference"]
     lsp.write_atomically(args.out, json.dumps(pairs, indent=2))
-    null = [record.get("error", "no verdict") for record in records if record["preference"] is None]
+    null = [r.get("error", "no verdict") for r in records if r["preference"] is None]
     print(f"{args.out}: {len(pairs)} pairs, {len(null)} of them null")
     for reason, count in collections.Counter(null).most_common(3):
         print(f"  {count} of these: {reason}")
-    if any("error" in record for record in records):
-        print("  the same command asks again where there was an error")
 
 
 # 4. Table ----------------------------------------------------------------------------------------
@@ -449,19 +406,14 @@ def load_annotations(path):
 def table(args):
     """Prints win rates, overall and by subset."""
     for path in args.annotations:
-        named_rates = load_annotations(path)
         print(f"{path}\n{'':22}win rate +- std error   wins  losses  draws     n  left out")
-        for name, rate in named_rates:
-            rates = f"{rate.mean:12.6f} +- {rate.error:9.6f}{rate.wins:7}{rate.losses:8}"
-            counts = f"{rate.draws:7}{rate.pairs:6}{rate.left_out:10}"
-            print(printable(f"  {name:16}{rates}{counts}"))
+        for name, rate in load_annotations(path):
+            print(printable("  {:16}{:12.6f} +- {:9.6f}{:7}{:8}{:7}{:6}{:10}".format(name, *rate)))
 
 
 # 5. Plots and plays ------------------------------------------------------------------------------
-PANELS = (  # of metrics.jsonl
-    "reward quality accuracy kl_solver kl_challenger valid answer_tokens distinct_queries "
-    "flat_groups"
-).split()
+PANELS = "reward quality accuracy kl_solver kl_challenger valid".split()  # of metrics.jsonl
+PANELS += "answer_tokens distinct_queries flat_groups".split()
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
 
 
@@ -512,8 +464,7 @@ def draw_runs(folders):
 def draw_win_rates(paths):
     """Win rates by subset, files beside one another; 50 % is the reference itself."""
     figure, [axes] = new_figure(1, 1, 4)
-    with naming("--win-rates", UserError):
-        files = [load_annotations(path) for path in paths]
+    files = [load_annotations(path) for path in paths]
     subsets = sorted({name for _, *rates in files for name, _ in rates})
     for number, (path, rates) in enumerate(zip(paths, files, strict=True)):
         shift = 0.6 * (number - (len(paths) - 1) / 2) / len(paths)
@@ -534,18 +485,8 @@ def plot(args):
     save_figure(figure, args.out)
 
 
-def show_play(play):
-    """Prints a query, its answers and their rewards, as the paper's Box 4."""
-    print(f"\niteration {play['iteration']}   V {play['V']:.3f}   V_Q {play['V_Q']:.3f}")
-    print(printable(play["query"], "  query | "))
-    answers = collections.Counter(zip(play["answers"], play["R"], play["R_Q"], strict=True))
-    for (text, R, R_Q), count in answers.items():
-        times = f"   {count} times" if count > 1 else ""
-        print(f"  answer  R {R:.3f}   R_Q {R_Q:.3f}{times}\n{printable(text, '        | ')}")
-
-
 def plays(args):
-    """Prints queries, answers and rewards, the latest first."""
+    """Prints queries, answers and rewards as the paper's Box 4, the latest first."""
     latest_first = lsp.read_jsonl(Path(args.run_dir, "plays.jsonl"))[::-1]
     chosen = [play for play in latest_first if args.iteration in (None, play["iteration"])]
     if not chosen:
@@ -553,17 +494,21 @@ def plays(args):
     if args.worst:
         chosen.sort(key=lambda play: play["V"])
     for play in chosen[: args.count]:
-        show_play(play)
+        print(f"\niteration {play['iteration']}   V {play['V']:.3f}   V_Q {play['V_Q']:.3f}")
+        print(printable(play["query"], "  query | "))
+        answers = collections.Counter(zip(play["answers"], play["R"], play["R_Q"], strict=True))
+        for (text, R, R_Q), count in answers.items():
+            print(f"  answer  R {R:.3f}   R_Q {R_Q:.3f}   {count} of {len(play['answers'])}")
+            print(printable(text, "        | "))
 
 
 # 6. Figures: the paper's experiments on the toy game ---------------------------------------------
 # {a run: what it begins from}, in the order of play and in the folder of a seed. A run's name ends
-# with its variant. "0.9" is a toy that saw so many wrong grades in its homework.
-EXPERIMENTS = {"grpo": "toy", "zero": "toy", "lsp": "toy"}
+# with its variant. "0.05" is a toy, a twentieth of whose homework's grades were wrong.
+EXPERIMENTS = {"grpo": "0.05", "zero": "0.05", "lsp": "0.05"}
 EXPERIMENTS |= {"grpo-zero": "grpo/checkpoint", "grpo-lsp": "grpo/checkpoint"}
 NOISY = {"1.0-lsp": "1.0", "0.9-lsp": "0.9", "0.8-lsp": "0.8", "0.5-lsp": "0.5"}
 JUDGE_SEEDS = 3  # play with the noisy judges; all seeds play the experiments
-PLAYERS = {"GRPO": ["grpo"], "LSP-Zero": ["zero", "grpo-zero"], "LSP": ["lsp", "grpo-lsp"]}
 METRICS = ["accuracy", "valid", "reward", "quality"]
 
 
@@ -580,30 +525,14 @@ def play_seed(job):
     for name, start in runs.items():
         shutil.rmtree(part, ignore_errors=True)
         if not (folder / start).is_dir():
-            wrong_grades = [] if start == "toy" else [float(start)]
-            for made in lsp.make_toy(seed, *wrong_grades):
+            for made in lsp.make_toy(seed, float(start)):  # the model, the tokenizer
                 made.save_pretrained(part)
             os.replace(part, folder / start)
         if not (folder / name).is_dir():
-            given = dict(variant=name.split("-")[-1], model=str(folder / start), seed=seed)
-            given |= dict(iterations=iterations, device="cpu", out=str(part))
-            lsp.train(lsp.complete(given))
+            flags = f"--variant {name.split('-')[-1]} --model {folder / start} --seed {seed}"
+            flags += f" --iterations {iterations} --device cpu --out {part}"
+            lsp.train(lsp.read_settings(flags.split()))
             os.replace(part, folder / name)
-
-
-def play_all(args):
-    """Plays all runs, in a process a CPU and under one bar. Returns the seeds' folders."""
-    home, jobs = Path("runs/figures", f"{args.iterations}-iterations"), []
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        runs = EXPERIMENTS | NOISY if len(jobs) < JUDGE_SEEDS else EXPERIMENTS
-        jobs.append((home / f"seed-{seed}", seed, args.iterations, runs))
-    make_pool = multiprocessing.get_context("spawn").Pool
-    with naming(f"{home}:", OSError):
-        home.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(home / "lock", timeout=0).acquire()
-    with lock, make_pool(None, start_worker) as pool:
-        list(tqdm(pool.imap_unordered(play_seed, jobs), total=len(jobs), desc="seeds"))
-    return [folder for folder, *_ in jobs]
 
 
 def read_histories(folders, name):
@@ -622,75 +551,63 @@ def mean_and_error(values):
     return values.mean(0), values.std(0, ddof=len(values) > 1) / math.sqrt(len(values))
 
 
-def load_toy(folder):
-    return lsp.load_model(str(folder), *lsp.pick_device("cpu"))
-
-
 def judge_accuracy(run):
     """How often the judge of a run gives exchanges from outside its homework the right grade."""
     draw = random.Random(10**6)
     queries, answers, grades = zip(*(lsp.toy_exchange(draw) for _ in range(1000)), strict=True)
-    return np.equal(lsp.SelfReward(*load_toy(run / "reference"))(queries, answers), grades).mean()
+    judge = lsp.SelfReward(*lsp.load_model(run / "reference", "cpu", torch.float32))
+    return np.equal(judge(queries, answers), grades).mean()
 
 
-def draw_band(axes, at, values, **style):
+def draw_band(axes, at, values, label):
     """A line of means over seeds, in a band of one standard error. values: (seeds, points)"""
     mean, error = mean_and_error(values)
-    axes.plot(at, mean, **style)
-    axes.fill_between(at, mean - error, mean + error, alpha=0.25, color=style["color"])
+    axes.plot(at, mean, label=label)
+    axes.fill_between(at, mean - error, mean + error, alpha=0.25)
 
 
-def draw_curves(histories):
+def draw_curves(runs):
     """Accuracy above, well-formed queries below; from the base model left, from GRPO's right."""
+    start = np.broadcast_to(ending(runs["grpo"])[:, None], runs["grpo"].shape)  # a flat line
+    left = {"GRPO": runs["grpo"], "LSP-Zero": runs["zero"], "LSP": runs["lsp"]}
+    right = {"GRPO": start, "LSP-Zero": runs["grpo-zero"], "LSP": runs["grpo-lsp"]}
     figure, grid = new_figure(4, 2, 3)
     for place, axes in enumerate(grid):
         row, column = divmod(place, 2)
         axes.set(title=["from the base model", "from the GRPO model"][column], ylim=(0, 1.02))
         axes.set(ylabel=["accuracy", "share of well-formed queries"][row], xlabel="iteration")
-        for color, (label, names) in zip(PALETTE, PLAYERS.items(), strict=False):
-            if column < len(names):  # GRPO has no second run: dashed is where the others begin
-                history = histories[names[column]][:, :, row]  # (seeds, iterations)
-                at = smooth(np.arange(history.shape[1]))
-                draw_band(axes, at, smooth(history), color=color, label=label)
-            else:
-                axes.axhline(ending(histories[names[0]])[:, row].mean(), color=color, ls="--")
+        for label, history in (left, right)[column].items():
+            values = smooth(history[:, :, row])  # (seeds, 40)
+            draw_band(axes, smooth(np.arange(history.shape[1])), values, label)
     return figure
 
 
-def draw_judges(accuracies, ends):
-    """What LSP comes to by its judge's accuracy, -0.1 for no judge. ends: [(seeds, 4), ...]"""
+def draw_judges(judges):
+    """What LSP comes to with each judge. judges: {label: (seeds, 4)}"""
     figure, [axes] = new_figure(1, 1, 4)
-    scaled = np.stack(ends, axis=1) / [1, 1, 1, 7]  # (seeds, judges, 4)
-    lines = {"accuracy": 0, "share of well-formed queries": 1, "R_Q / 7": 3}
-    for color, (label, metric) in zip(PALETTE[3:], lines.items(), strict=False):
-        draw_band(axes, accuracies, scaled[:, :, metric], marker="o", color=color, label=label)
-    axes.set_xticks([-0.1, 0, 0.25, 0.5, 0.75, 1], ["LSP-Zero", 0, 0.25, 0.5, 0.75, 1])
+    values = np.stack([*judges.values()], axis=1)  # (seeds, judges, 4)
+    draw_band(axes, [*judges], values[:, :, 0], "accuracy")
+    draw_band(axes, [*judges], values[:, :, 1], "share of well-formed queries")
+    draw_band(axes, [*judges], values[:, :, 3] / 7, "R_Q / 7")
     axes.set_xlabel("judge: share of held-out exchanges that it grades rightly")
     return figure
-
-
-def toy_asked(queries):
-    """(10, 10): how often a x b is among the queries, a share of them all."""
-    counts = [[queries.count(f"{a}x{b}") for b in range(10)] for a in range(10)]
-    return np.array(counts) / len(queries)
 
 
 def draw_tables(run):
     """Where the Challenger asks and where the Solver fails, before and after the run."""
     queries = [play["query"] for play in lsp.read_jsonl(run / "plays.jsonl")]
-    tenth = len(queries) // 10
-    panels = {
-        "asked at first": toy_asked(queries[:tenth]),
-        "asked at last": toy_asked(queries[-tenth:]),
-        "wrong before": 1 - lsp.toy_table(*load_toy(run / "reference")).numpy(),
-        "wrong after": 1 - lsp.toy_table(*load_toy(run / "checkpoint")).numpy(),
-    }
+    tenth, panels = len(queries) // 10, {}
+    ends = {"first": ("reference", queries[:tenth]), "last": ("checkpoint", queries[-tenth:])}
+    for when, (part, asked) in ends.items():
+        shares = [[asked.count(f"{a}x{b}") / tenth for b in range(10)] for a in range(10)]
+        right = lsp.toy_table(*lsp.load_model(run / part, "cpu", torch.float32))
+        panels |= {f"asked at {when}": shares, f"wrong at {when}": 1 - right.numpy()}
     figure, grid = new_figure(4, 4, 2.8)
     for axes, (title, cells) in zip(grid, panels.items(), strict=True):
         top = 1 if "wrong" in title else None
         image = axes.imshow(cells, cmap="cividis", vmin=0, vmax=top, origin="lower")
         figure.colorbar(image, ax=axes, location="bottom")
-        axes.set(title=title, xticks=range(0, 10, 3), yticks=range(0, 10, 3), ylabel="a in a x b")
+        axes.set(title=title, xlabel="b", ylabel="a in a x b")
     return figure
 
 
@@ -705,36 +622,155 @@ def print_means(title, rows):
 def figures(args):
     """Plays the paper's two experiments, and judges good and bad, on the toy, and draws them."""
     new_figure(1, 1, 1)  # without matplotlib there is no need to play
-    folders = play_all(args)
+    home, jobs = Path("runs/figures", f"{args.iterations}-iterations"), []
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        runs = EXPERIMENTS | NOISY if len(jobs) < JUDGE_SEEDS else EXPERIMENTS
+        jobs.append((home / f"seed-{seed}", seed, args.iterations, runs))
+    with multiprocessing.get_context("spawn").Pool(None, start_worker) as pool:
+        list(tqdm(pool.imap_unordered(play_seed, jobs), total=len(jobs), desc="seeds"))
+    folders = [folder for folder, *_ in jobs]
     few = folders[:JUDGE_SEEDS]
     histories = {name: read_histories(folders, name) for name in EXPERIMENTS}
     ends = {name: ending(history) for name, history in histories.items()}
     title = f"{len(folders)} seeds, {args.iterations} iterations"
     print_means(title, {"base (lsp at first)": histories["lsp"][:, 0], **ends})
-    differences = {
-        "LSP - GRPO, from base": ends["lsp"] - ends["grpo"],
-        "LSP - start, from GRPO": ends["grpo-lsp"] - ends["grpo"],
-        "LSP-Zero - start, from GRPO": ends["grpo-zero"] - ends["grpo"],
-    }
+    others = ("lsp", "grpo-lsp", "grpo-zero")
+    differences = {f"{name} - grpo": ends[name] - ends["grpo"] for name in others}
     print_means("paired differences", differences)
-    judges, accuracies = {"zero: none": ending(read_histories(few, "zero"))}, [-0.1]
+    judges = {"zero: none": ending(read_histories(few, "zero"))}
     for name in [*NOISY, "lsp"]:  # a useless one, ..., a sound one
-        accuracies.append(np.mean([judge_accuracy(folder / name) for folder in few]))
-        judges[f"{name}: {accuracies[-1]:.3f}"] = ending(read_histories(few, name))
+        accuracy = np.mean([judge_accuracy(folder / name) for folder in few])
+        judges[f"{name}: {accuracy:.3f}"] = ending(read_histories(few, name))
     print_means(f"judges, by accuracy ({len(few)} seeds)", judges)
-    hacked = few[ending(read_histories(few, "1.0-lsp"))[:, 2].argmin()] / "1.0-lsp"
-    print(f"\nA judge that knows nothing, hacked; three last plays of {hacked}:")
-    for play in lsp.read_jsonl(hacked / "plays.jsonl")[-3:]:
-        show_play(play)
     save_figure(draw_curves(histories), "docs/curves.png")
-    save_figure(draw_judges(accuracies, list(judges.values())), "docs/judge.png")
+    save_figure(draw_judges(judges), "docs/judge.png")
     save_figure(draw_tables(folders[0] / "lsp"), "docs/tables.png")
 
 
-# 7. Plan -----------------------------------------------------------------------------------------
+# 7. Plan: a run's memory, work, time and disk, computed from its models' config.json -------------
+TURN, BOX = 64, 384  # tokens that a chat template, and Box 1 or Box 3, take at the most
+LAUNCH = 20e-6  # seconds in which Python and the driver get one operation to a GPU
+CARDS = {  # FLOP/s (dense bf16 products summed in fp32), bytes/s, GiB; from NVIDIA's data sheets
+    "H100 SXM": (989e12, 3.35e12, 79.0),
+    "A100 80 GB SXM": (312e12, 2.039e12, 79.0),
+    "RTX 4090": (165.2e12, 1.008e12, 23.5),
+}
+# Widths of the hidden state, of attention's queries and keys and of the MLP; vocabulary; layers;
+# weights in the layers' matrices and in all; bytes per number; operations launched per pass.
+Model = collections.namedtuple("Model", "H Q K M V L matrices weights size launches")
+
+
+def read_model(flag, name, dtype):
+    """The Model of a hub id or folder; models much like Llama and Qwen3 are approximated."""
+    with naming(f"{flag} {name} cannot be loaded:", Exception):  # the hub's errors are of all kinds
+        arch = transformers.AutoConfig.from_pretrained(name).get_text_config()
+    if not hasattr(arch, "num_key_value_heads") or "experts" in str(arch):
+        raise UserError(f"{flag} {name}: plan knows models like Llama, not {arch.model_type}")
+    H, M, V, L = arch.hidden_size, arch.intermediate_size, arch.vocab_size, arch.num_hidden_layers
+    head = getattr(arch, "head_dim", None) or H // arch.num_attention_heads
+    Q, K = head * arch.num_attention_heads, head * arch.num_key_value_heads
+    matrices = L * (2 * H * Q + 2 * H * K + 3 * H * M)  # queries, output; keys, values; MLP
+    weights = matrices + (1 if arch.tie_word_embeddings else 2) * V * H
+    launches = 68 + L * (59 if arch.model_type == "qwen3" else 43)  # Qwen3 has two norms more
+    return Model(H, Q, K, M, V, L, matrices, weights, getattr(torch, dtype).itemsize, launches)
+
+
+def forward(m, rows, new, seen, logits):
+    """(launches, FLOPs, bytes) of a forward pass: `rows` rows read `new` tokens each, a token
+    attends to `seen` tokens, and `logits` tokens in all get logits."""
+    tokens, cache = rows * new, rows * seen * 2 * m.L * m.K * m.size
+    flops = 2 * tokens * m.matrices + 2 * logits * m.V * m.H  # per weight a product and a sum
+    flops += 4 * tokens * seen * m.L * m.Q  # attention: queries by keys, then weights by values
+    moved = m.size * m.weights + 3 * cache  # the cache is read, written longer, read to attend
+    moved += m.size * tokens * m.L * 100 * m.H  # activations, roughly: nothing is fused
+    return np.array([m.launches, flops, moved])
+
+
+def sampling(m, prompts, length, new_tokens, budget):
+    """(memory, work) of `new_tokens` tokens to each of `prompts` prompts of `length` tokens."""
+    rows = min(prompts, max(1, budget // (length + new_tokens)))
+    cache = rows * 2 * m.L * m.K * m.size  # bytes per token: every layer's keys and values
+    layer = rows * length * m.size * (4 * m.H + 3 * m.M)
+    at_first = {"cache": length * cache, "activations": layer}
+    at_last = {"cache": (length + new_tokens) * cache, "logits": rows * m.V * (m.size + 3 * 4)}
+    batches = math.ceil(prompts / rows)
+    rows = prompts / batches  # on average
+    read = batches * forward(m, rows, length, length, rows)
+    write = batches * (new_tokens - 1) * forward(m, rows, 1, length + new_tokens / 2, rows)
+    return max(at_first, at_last, key=lambda memory: sum(memory.values())), [read, write]
+
+
+def updating(m, rows, length, new_tokens, budget):
+    """(memory, work) of the gradient of `rows` rows whose last `new_tokens` tokens are trained."""
+    batch = min(rows, max(1, budget // length))
+    inputs = m.size * batch * length * m.L * m.H  # of every layer: what checkpointing keeps
+    layer = m.size * batch * length * 8 * (m.H + m.M)  # roughly
+    logits = 3 * 4 * batch * new_tokens * m.V  # fp32: log-softmax, its gradient, the logits'
+    memory = {"gradients": m.size * m.weights, "layers' inputs": inputs}
+    batches = math.ceil(rows / batch)
+    rows = rows / batches  # on average
+    # Forward in the reference, in the model and again for checkpointing; backward costs two.
+    work = 5 * batches * forward(m, rows, length, length, rows * new_tokens)
+    return memory | {"activations": layer, "logits": logits}, [work]
+
+
+def plan_run(config, model, reward, judge):
+    """(what stays in memory as {part: bytes}, {phase: (what it adds, its work)}) of an iteration;
+    work is a list of (launches, FLOPs, bytes)."""
+    N, G, budget = config.num_queries, config.num_answers, config.sample_tokens
+    query, answer = config.max_query_tokens, config.max_answer_tokens
+    W, size, chat, exchange = model.weights, model.size, TURN + query + answer, BOX + query + answer
+    load = {"weights": size * W, "reference": size * W}
+    load["masters and moments"] = (8 if size == 4 else 12) * W  # fp32 weights are the masters
+    phases = {"queries": sampling(model, N, BOX, query, budget)}
+    phases["answers"] = sampling(model, N * G, TURN + query, answer, budget)
+    if reward:  # it reads one exchange at a time
+        load["reward model"] = size * reward.weights
+        phases["reward"] = {}, [N * G * forward(reward, 1, chat, chat, 0)]
+    if config.variant == "lsp" and judge:
+        load["judge"] = size * judge.weights if config.judge else 0  # else the reference judges
+        phases["self-reward"] = sampling(judge, N * G, exchange, lsp.JUDGE_TOKENS, budget)
+    phases["update, Solver"] = updating(model, N * G, chat, answer, config.update_tokens)
+    phases["update, Challenger"] = updating(model, N, BOX + query, query, config.update_tokens)
+    phases["step"] = {"fp32 gradients": 4 * W}, [np.array([0, 0, 52 * W])]  # clipping and AdamW
+    if config.variant == "grpo":
+        del phases["queries"], phases["update, Challenger"]
+    return load, phases
+
+
+def seconds(work, flops, bandwidth):
+    """Python launches while the GPU computes and moves: the longer of the two counts."""
+    return sum(max(n * LAUNCH, f / flops + b / bandwidth) for n, f, b in work)
+
+
 def plan(args):
-    """Prints a run's memory, work, time and disk, computed before it is run."""
-    raise UserError("plan: is being rewritten")
+    """Prints a run's memory, work, time and disk before it is run; takes the flags of lsp.py."""
+    config = lsp.read_settings(["--dtype", "bfloat16", *args.rest])  # of two the last flag counts
+    if lsp.is_toy(config.model):
+        raise UserError("the toy needs no plan: a minute on any machine; --model names another")
+    models = []  # None for a function, which costs nothing
+    for name in ("model", "reward", "judge"):
+        spec = getattr(config, name) or config.model
+        models.append(None if ".py:" in spec else read_model(f"--{name}", spec, config.dtype))
+    (load, phases), every, peak = plan_run(config, *models), [], 0
+    print(f"{config.model}, {config.variant}, {config.dtype}: computed, every text at its limit")
+    print("an iteration       peak GiB    TFLOP  TB moved  launches  what it adds to memory, GiB")
+    for name, (memory, work) in {"load": (load, []), **phases}.items():
+        gib, every = sum((load | memory).values()) / 2**30, every + work
+        launches, flops, moved = sum(work, np.zeros(3)) / [1, 1e12, 1e12]
+        parts = ", ".join(f"{part} {number / 2**30:.1f}" for part, number in memory.items())
+        print(f"{name:19}{gib:8.1f} {flops:8.1f} {moved:9.2f} {launches:9.0f}  {parts}")
+        peak = max(peak, gib)
+    print(f"launches of a decoding step: {models[0].launches}")
+    for name, (flops, bandwidth, gib) in CARDS.items():
+        likely = seconds(every, flops / 2, bandwidth * 0.75)  # as much as is reached in practice
+        time = f"{likely:6.1f} s per iteration, {likely * config.iterations / 3600:6.1f} h in all"
+        fits = "fits" if peak < 0.9 * gib else "DOES NOT FIT"  # CUDA's own, fragmentation
+        print(f"{name:15} {time}; {peak:.1f} of {gib:.1f} GiB: {fits}")
+    reference, saved = load["weights"] / 1e9, (models[0].size + 12) * models[0].weights / 1e9
+    print(
+        f"disk: {reference:.1f} GB for the reference, {saved:.1f} for a checkpoint, two at a save"
+    )
 
 
 # 8. Command line ---------------------------------------------------------------------------------
@@ -789,13 +825,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for run, flags in FLAGS.items():
-        about = dict(description=run.__doc__, help=run.__doc__, conflict_handler="resolve")
-        parents = [lsp.make_parser()] if run is plan else []
-        command = commands.add_parser(run.__name__, parents=parents, **about)
+        command = commands.add_parser(run.__name__, description=run.__doc__, help=run.__doc__)
         command.set_defaults(run=run)
         for name, options in flags.items():
             command.add_argument(name, **options)
-    args = parser.parse_args(argv)
+    args, args.rest = parser.parse_known_args(argv)
+    if args.rest and args.run is not plan:
+        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     args.run(args)
 
 

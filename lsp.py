@@ -1,32 +1,32 @@
 """Language Self-Play (Kuba et al., 2025, arXiv 2509.07414) in one file of plain PyTorch.
 
-One pretrained language model plays two roles that only the prompt tells apart. The Challenger
-writes queries on which the Solver earns little reward; the Solver answers them and wants much.
-The advantage in both roles is group-relative, as in GRPO: a reward minus the mean of its group.
-A KL term keeps both roles near the frozen model that they started from. In LSP this frozen model
-also grades each exchange: its grade, the self-reward R_Q, keeps the play from falling into
-nonsense. There is no training data.
+One pretrained language model plays two roles, told apart only by the prompt: the Challenger writes
+queries that should earn the Solver little reward, the Solver answers them to earn much. As in GRPO
+(Group Relative Policy Optimization), a sample's advantage, the factor on its gradient, is its
+reward minus the mean of its group. A KL divergence keeps both roles near the frozen model that
+they started from. In LSP this model also grades each exchange, a query and its answer: the grade,
+the self-reward R_Q, keeps the play from falling into nonsense. There is no training data.
 
-    Algorithm 1. Take a pretrained model pi and freeze a copy of it, the reference pi_Ref. Repeat:
+    Algorithm 1, in five steps. Freeze a copy pi_Ref of the pretrained model pi, then repeat:
       step 1  the Challenger writes N queries          q_i ~ pi(q | Challenger's prompt)
       step 2  the Solver answers each query G times    a_i^j ~ pi(a | q_i)
       step 3  rewards R(q_i, a_i^j), and in LSP self-rewards R_Q(q_i, a_i^j)
-      step 4  values V and V_Q of the queries, then the advantages A_Sol and A_Ch
+      step 4  values V = mean_j R and V_Q = mean_j R_Q, then the advantages A_Sol and A_Ch
       step 5  one gradient step down the loss L = L_Sol + alpha_Ch L_Ch
 
     python lsp.py --variant zero                 zero-sum self-play (LSP-Zero): R_Q is 0
     python lsp.py --variant lsp                  with the self-reward R_Q (LSP)
     python lsp.py --variant grpo --prompts FILE  the baseline with data (GRPO); the toy has its own
 
-A GPU of 75 GiB plays the paper's game with Llama-3.2-3B-Instruct, a smaller one a smaller game.
-Without a GPU the same code plays a toy game, in a minute. What is simplified, or decided because
-the paper does not say, is marked `# OPEN:` where it happens. The main points:
-  1. Every sample is used for one gradient step: there is no old policy and no clipped ratio.
-  2. Advantages are only centred, not divided by a standard deviation.
-  3. The KL is estimated per token by ratio * k3, whose gradient is that of KL(pi || pi_Ref).
-  4. A sequence's loss is the mean over its tokens. The literal sum is an option.
-  5. Sampling is from exactly what is scored: temperature 1, no top-k, no top-p.
-  6. Every query is played, also one that misses its format.
+A GPU of 75 GiB plays the paper's game with Llama-3.2-3B-Instruct. A smaller GPU plays a smaller
+game; without a GPU the same code plays a toy game in a minute. What is simplified, or left open by
+the paper and decided here, is marked `# OPEN:` where it happens. The main points:
+  1. Each sample is used for one gradient step: PPO's old policy and clipped ratio are not needed.
+  2. Advantages are only centred. TRL, Hugging Face's RL library, also divided by the deviation.
+  3. The KL is estimated per token (see kl_penalty). Its gradient is that of each token's own KL.
+  4. A sequence's loss is the mean over its tokens; the formula's literal sum is an option.
+  5. Tokens are sampled from exactly the pi of the loss: temperature 1, no top-k, no top-p.
+  6. Every query is played, even one that misses its format.
   7. With several GPUs each plays a game of its own, and their gradients are averaged.
 Sections: 1 formulas, 2 self_play, 3 prompts, 4 log-probabilities, 5 sampler, 6 rewards, 7 update,
 8 settings, 9 run folder, 10 toy game, 11 command line.
@@ -58,7 +58,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 # 1. Formulas -------------------------------------------------------------------------------------
-# They need torch alone and can be cut out. R, R_Q: (N, G), for N queries and G answers to each.
+# They need only torch and can be copied out. R and R_Q are (N, G): N queries, G answers to each.
 
 
 def group_value(R):
@@ -67,19 +67,19 @@ def group_value(R):
 
 
 def centred(x):
-    """x minus its mean over the last dimension; exactly 0 where all of x is equal."""
-    x = x - x[..., :1]  # or else the mean of equal numbers could be off by a rounding error
+    """x minus its mean over the last dimension; exactly 0 where a group's numbers are all equal."""
+    x = x - x[..., :1]  # changes nothing else, but makes equal numbers 0 before any rounding
     return x - x.mean(dim=-1, keepdim=True)
 
 
 def solver_advantage(R, R_Q=0.0):
     """A_Sol(q_i, a_i^j) = (R + R_Q)(q_i, a_i^j) - mean_j (R + R_Q). (N, G), (N, G) -> (N, G)"""
-    # OPEN: R and R_Q are added unscaled. TRL's GRPO of the time also divided by the group's std.
+    # OPEN: R and R_Q are added unscaled. TRL's GRPO of that time also divided by the deviation.
     return centred(R + R_Q)
 
 
 def challenger_advantage(V, V_Q=0.0):
-    """A_Ch(q_i) = (V_Q - V)(q_i) - mean_i (V_Q - V); Vbar - V(q_i) if V_Q is 0. (N,) -> (N,)"""
+    """A_Ch(q_i) = (V_Q - V)(q_i) - mean_i (V_Q - V). If V_Q is 0: Vbar - V(q_i). (N,) -> (N,)"""
     return centred(V_Q - V)
 
 
@@ -90,12 +90,12 @@ def unit_ratio(log_probs):
 
 def kl_penalty(log_probs, ref_log_probs):
     """KL(pi || pi_Ref) of the next token, estimated at tokens sampled from pi. (...) -> (...)
-    k3 = exp(d) - d - 1 with d = log pi_Ref - log pi is never negative, and its mean is the KL."""
+    k3 = exp(d) - 1 - d with d = log pi_Ref - log pi is never negative, and its mean is the KL."""
     # OPEN: the paper names no estimator. As a loss, k3 alone has the gradient of the other KL,
     # KL(pi_Ref || pi); ratio * k3 has the right one. As in GRPO this is the KL of each token
     # given its prefix: no token is credited for the KL of the tokens that follow it.
     d = ref_log_probs - log_probs
-    return unit_ratio(log_probs) * (torch.exp(d) - d - 1)
+    return unit_ratio(log_probs) * (torch.expm1(d) - d)
 
 
 def policy_loss(
@@ -107,14 +107,14 @@ def policy_loss(
     advantage: (S,) A of each sequence; mask: (S, L) True on its tokens, the end token included
     beta: weight of the KL; length_norm: "mean" or "sum" over the tokens of a sequence
     num_sequences: S of the whole batch, if these are a micro-batch of it: the losses then add up
-    Returns a scalar. On-policy: take one gradient step per sample. From a second step on, the
-    ratio would have to divide by the log-probabilities that the tokens were sampled with.
+    Returns a scalar. With "mean" its value is beta * KL: ratios are 1, and the A add up to 0. Its
+    gradient counts. On-policy: for a second step the ratio must be pi / (the pi that was sampled).
     """
     # OPEN: "mean" is GRPO's. "sum" has the literal gradient of the reward term, because a
     # sequence's log pi is the sum over its tokens; beta then weighs the KL of a whole sequence.
     if length_norm not in ("mean", "sum"):
         raise ValueError(f"length_norm: {length_norm!r}")
-    log_probs = log_probs.masked_fill(~mask, 0.0)  # whatever stands in the padding stays out
+    log_probs = log_probs.masked_fill(~mask, 0.0)  # inf in the padding: times 0 it would be nan
     ref_log_probs = ref_log_probs.masked_fill(~mask, 0.0)
     gain = unit_ratio(log_probs) * advantage[:, None]
     penalty = beta * kl_penalty(log_probs, ref_log_probs)
@@ -125,31 +125,31 @@ def policy_loss(
 
 
 # 2. self_play: Algorithm 1 -----------------------------------------------------------------------
-# What an iteration played: N queries, N * G answers (answer j to query i at i * G + j) as texts and
-# as token ids, R and R_Q (N, G), V and V_Q (N,), and numbers of the update for the log.
+# What one iteration played: N queries; N * G answers (answer j to query i at i * G + j), as texts
+# and as token ids (completions); R, R_Q (N, G); V, V_Q (N,); the numbers of the update, to log.
 Play = namedtuple("Play", "iteration queries answers completions R R_Q V V_Q numbers")
 
 
 def self_play(model, reference, tokenizer, optimizer, reward, judge, data, config, start=0):
     """Algorithm 1 from iteration `start` on; yields a Play per iteration. data: GRPO's queries."""
     N, G = config.num_queries, config.num_answers
-    settings = config.temperature, config.sample_tokens
-    box_1 = encode_chat(tokenizer, challenger_messages(config.task, config.template))
+    sampling = dict(temperature=config.temperature, token_budget=config.sample_tokens)
+    box_1 = encode_chat(tokenizer, challenger_messages(config.task, config.template))  # token ids
     for iteration in range(start, config.iterations):
-        # A resumed run draws the same again, and each process plays a game of its own.
+        # One seed per iteration and process (RANK): a resumed run then draws the same again.
         transformers.set_seed(random.Random(f"{config.seed}/{iteration}/{RANK}").getrandbits(32))
 
         # step 1: the Challenger writes N queries; in GRPO they are the next N of the data
         if config.variant == "grpo":
             queries = [data[(iteration * N + i) % len(data)] for i in range(N)]
         else:
-            replies = sample(model, tokenizer, [box_1] * N, config.max_query_tokens, *settings)
+            replies = sample(model, tokenizer, [box_1] * N, config.max_query_tokens, **sampling)
             queries = [parse_query(decode(tokenizer, ids), config.template) for ids in replies]
 
         # step 2: the Solver answers each query G times
-        asked = [query for query in queries for _ in range(G)]  # N * G
+        asked = [query for query in queries for _ in range(G)]  # N * G: q_1 G times, then q_2, ...
         prompts = [encode_query(tokenizer, query) for query in asked]
-        completions = sample(model, tokenizer, prompts, config.max_answer_tokens, *settings)
+        completions = sample(model, tokenizer, prompts, config.max_answer_tokens, **sampling)
         answers = [decode(tokenizer, ids) for ids in completions]
 
         # step 3: rewards and, in LSP, self-rewards, both (N, G)
@@ -164,15 +164,15 @@ def self_play(model, reference, tokenizer, optimizer, reward, judge, data, confi
         A_ch = challenger_advantage(V, V_Q)
 
         # step 5: one step down the gradient of L = L_Sol + alpha_Ch L_Ch
-        L, kl, entropy = add_gradient(model, reference, prompts, completions, A_sol, config)
-        numbers = {"loss": L, "kl_solver": kl, "entropy_solver": entropy}
+        L_sol, kl, entropy = add_gradient(model, reference, prompts, completions, A_sol, config)
+        numbers = {"loss": L_sol, "kl_solver": kl, "entropy_solver": entropy}
         if config.variant != "grpo":
             L_ch, kl, entropy = add_gradient(
-                model, reference, [box_1] * N, replies, A_ch, config, config.alpha_ch
+                model, reference, [box_1] * N, replies, A_ch, config, weight=config.alpha_ch
             )
             numbers |= {"kl_challenger": kl, "entropy_challenger": entropy}
             numbers["loss"] += config.alpha_ch * L_ch
-        numbers["grad_norm"] = optimizer.step()
+        numbers["grad_norm"] = optimizer.step()  # and clears the gradients
         yield Play(iteration, queries, answers, completions, R, R_Q, V, V_Q, numbers)
 
 
@@ -209,13 +209,13 @@ Grade this exchange. Reply in exactly this form, shown here for one that earns p
 """
 QUOTED_TAG = re.compile(r"<(?=\s*+/?\s*+(?:instruction|response|justification|sum|score)\b)", re.I)
 # A prompt that ends by opening a thought: <think>, [THINK], <|START_THINKING|>
-OPEN_THOUGHT = re.compile(r"([<[])(\|?)(?!end)([\w:]*(think|thought|reason)\w*)\2([]>])\s*$", re.I)
+THOUGHT = re.compile(r"([<[])(\|?)(?!end)([\w:-]*(think|thought|reason)[\w-]*)\2([]>])\s*$", re.I)
 # Some templates show the date: with today's, prompts would differ from day to day.
-FIXED_DATE = "{%- macro strftime_now(format) -%}09 Sep 2025{%- endmacro -%}"
+FIXED_DATE = "{%- macro strftime_now(format) -%}09 Sep 2025{%- endmacro -%}{{ '' }}"
 
 
 class UserError(Exception):
-    """What the user can put right: the program ends with this sentence and exit code 2."""
+    """An error that the user can put right: the program ends with its text and exit code 2."""
 
 
 def challenger_messages(task, template):
@@ -224,25 +224,25 @@ def challenger_messages(task, template):
 
 
 def self_reward_messages(instruction, response):
-    """Box 3. The judge's chat about an exchange, in which tags are defused: none can be forged."""
+    """Box 3. The judge's chat about an exchange. Tags in it are escaped, so none can be forged."""
     instruction, response = (QUOTED_TAG.sub("&lt;", text) for text in (instruction, response))
     content = SELF_REWARD_PROMPT.format(instruction=instruction, response=response)
     return [{"role": "user", "content": content}]
 
 
 def parse_query(text, template="<input>{input}</input>"):
-    """The query in a Challenger's reply: the last text that is framed as in the template. A marker
-    that begins or ends a line of the template must do so in the reply, if any frame there does."""
+    """The query in a Challenger's reply: the last text that is framed as in the template. Frames
+    that begin and end a line come first; only if there is none, one may stand inside a line."""
     before, after = (marker.strip(" ") for marker in template.split("{input}", 1))
-    for edge, reply in (("\n", f"\n{text}\n"), ("", text)):
+    for edge, reply in (("\n", f"\n{text}\n"), ("", text)):  # frames of whole lines, then any
         first, last = edge + before, after + edge
         parts = reply.split(first)[1:] if first else [reply]
         framed = [part.split(last)[0] if last else part for part in parts if last in part]
         framed = [query.strip() for query in framed if query.strip()]
         if framed:
             return framed[-1]
-    # OPEN: Algorithm 1 rejects nothing. A reply that misses the frame is played as far as it can
-    # be read; KL and R_Q hold the Challenger. The whole reply is trained, the query only played.
+    # OPEN: Algorithm 1 rejects nothing. A reply without the frame is played as far as it can be
+    # read. KL and R_Q keep the Challenger in check; its loss is over the reply, frame and all.
     text = text.rsplit(before, 1)[-1] if before else text
     return text.split(after, 1)[0].strip() if after else text.strip()
 
@@ -255,26 +255,26 @@ def parse_score(text):
 
 def render_chat(tokenizer, messages, generation_prompt=True):
     """Chat messages -> text, by the tokenizer's own chat template. It sees placeholders, which the
-    messages then replace: whatever a text holds, it comes out whole. A marker of turns in a text
-    gets a space after its first character, and so is none for the tokenizer."""
-    shown = [{**message, "content": f"TEXT{i}"} for i, message in enumerate(messages)]
+    messages then replace, so no text is changed by it. A special token that is spelled out in a
+    text, as <|eot_id|>, gets a space after its first character: it is then read as plain text."""
+    shown = [{**message, "content": f"TEXT{i}TEXT"} for i, message in enumerate(messages)]
     template = FIXED_DATE + tokenizer.get_chat_template()
     options = dict(add_generation_prompt=generation_prompt, enable_thinking=False, tokenize=False)
     text = tokenizer.apply_chat_template(shown, chat_template=template, **options)
-    thought = generation_prompt and OPEN_THOUGHT.search(text)
-    if not all(message["content"] in text for message in shown) or thought and thought[2]:
-        raise UserError("its chat template leaves out a message, or opens a thought")
-    if thought:  # closed at once: what is trained and judged is the answer
+    thought = generation_prompt and THOUGHT.search(text)
+    if not all(message["content"] in text for message in shown) or (thought and thought[2]):
+        raise UserError("the chat template leaves out a message, or opens a thought for good")
+    if thought:  # close it at once: only the answer is trained and judged
         text += f"\n{thought[1]}/{thought[3]}{thought[5]}\n\n"
     added = tokenizer.added_tokens_decoder.values()
-    markers = [token.content for token in added if token.special and len(token.content) > 1]
-    pattern = "|".join(map(re.escape, sorted(markers, key=len, reverse=True))) or "(?!)"  # never
-    defused = [re.sub(pattern, lambda m: m[0][0] + " " + m[0][1:], m["content"]) for m in messages]
-    return re.sub("TEXT([0-9]+)", lambda hit: defused[int(hit[1])], text)
+    markers = [t.content for t in added if (t.special or "|" in t.content) and len(t.content) > 1]
+    pattern = "|".join(map(re.escape, sorted(markers, key=len, reverse=True))) or "(?!)"  # no match
+    defused = [re.sub(pattern, lambda s: s[0][0] + " " + s[0][1:], m["content"]) for m in messages]
+    return re.sub("TEXT([0-9]+)TEXT", lambda hit: defused[int(hit[1])], text)
 
 
 def encode_chat(tokenizer, messages, generation_prompt=True):
-    """Chat messages -> token ids, up to where the assistant speaks. BOS is in the template."""
+    """Chat messages -> token ids. The begin token (BOS) is in the template, so none is added."""
     text = render_chat(tokenizer, messages, generation_prompt)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -292,30 +292,30 @@ def decode(tokenizer, ids):
 # 4. Log-probabilities ----------------------------------------------------------------------------
 def completion_log_probs(model, prompts, completions, temperature=1.0):
     """log pi of every completion token, under softmax(logits / temperature).
-    prompts, completions: B lists of token ids, none empty. Returns (log_probs, mask), both (B, L)
-    with L the longest completion: fp32, 0 on padding; and True on the completions' tokens."""
+    prompts, completions: B lists of token ids, none empty. Returns log_probs and mask, both (B, L)
+    with L the longest completion. mask: True on the tokens; log_probs: fp32, and 0 elsewhere."""
     device = model.device
     rows = [torch.tensor(p + c, device=device) for p, c in zip(prompts, completions, strict=True)]
     # Padded on the right: causal attention never looks there, so the model needs no mask.
     input_ids = pad_sequence(rows, batch_first=True)  # (B, T)
     start = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]  # (B, 1)
     length = torch.tensor([len(ids) for ids in completions], device=device)[:, None]  # (B, 1)
-    # Logits are needed from where the first completion is predicted: the last K columns.
+    # Logits are needed from the column that predicts the earliest completion token: the last K.
     first = min(len(prompt) for prompt in prompts)
     K = input_ids.shape[1] - first + 1
-    logits = model(input_ids, use_cache=False, logits_to_keep=K).logits[:, -K:-1]  # (B, K - 1, V)
+    logits = model(input_ids, use_cache=False, logits_to_keep=K).logits[:, -K:-1]  # (B, K-1, vocab)
     targets = input_ids[:, first:]  # (B, K - 1): a token is predicted one column before it stands
     logits = logits.flatten(0, 1).float() / temperature  # a softmax in bf16 is off by 0.06 nats
-    losses = cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
+    losses = cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)  # -log pi
     # Shift each row to the left, so that its completion begins in column 0.
     column = torch.arange(int(length.max()), device=device)  # (L,)
     mask = column < length
-    place = (start - first + column).clamp(max=K - 2)
+    place = (start - first + column).clamp(max=K - 2)  # (B, L); the clamp is for the padding
     return -losses.gather(1, place).masked_fill(~mask, 0.0), mask
 
 
-# 5. Sampler: Hugging Face generate, from exactly the distribution that is scored -----------------
-SAMPLE_TOKENS = 98304  # tokens in flight: at 3B their KV cache takes 10.5 GiB
+# 5. Sampler: Hugging Face generate, from exactly the pi of the loss ------------------------------
+SAMPLE_TOKENS = 98304  # sampled at a time, prompts included: 10.5 GiB of KV cache at 3B
 
 
 def position_limit(config):
@@ -328,15 +328,15 @@ def end_tokens(model, tokenizer):
     named = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
     if tokenizer.chat_template:
-        chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
-        after = render_chat(tokenizer, chat, False).rpartition("ANSWER")[2].lstrip()
+        user, reply = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}
+        after = render_chat(tokenizer, [user, reply, user], False).rpartition("ANSWER")[2].lstrip()
         added = tokenizer.added_tokens_decoder.items()
-        ends |= {id for id, token in added if token.special and after.startswith(token.content)}
+        ends |= {id for id, token in added if after.startswith(token.content)}
     return sorted(ends)
 
 
 def batch_by_tokens(lengths, max_tokens):
-    """Indices, longest first, in batches whose padded size is at most max_tokens, or of one."""
+    """Batches of indices, longest first: at most max_tokens with padding, or a single index."""
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
@@ -347,26 +347,26 @@ def batch_by_tokens(lengths, max_tokens):
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, token_budget=SAMPLE_TOKENS):
-    """A completion per prompt, both token ids: up to and including its first end token. One that
-    is cut off at max_new_tokens has none. temperature 0 is greedy; token_budget: tokens in flight
-    at a time, prompts and completions. Leaves the model in evaluation mode."""
-    # OPEN: training samples from exactly what is scored: temperature 1, no top-k, no top-p. At
-    # another temperature the tempered policy is sampled, scored and trained.
-    model.eval()  # in training mode checkpointing would drop the KV cache
+    """One completion per prompt, as token ids, up to and including its first end token; one that is
+    cut off at max_new_tokens has none. temperature 0 takes the likeliest token. token_budget: how
+    many tokens, prompts included, are sampled at a time. Leaves the model in evaluation mode."""
+    # OPEN: training samples from exactly the pi of the loss: temperature 1, no top-k, no top-p.
+    # Another temperature changes both: the tempered pi is sampled and trained.
+    model.eval()  # in training mode, gradient checkpointing would turn off the KV cache
     ends, limit = end_tokens(model, tokenizer), position_limit(model.config)
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     if max(lengths, default=0) > limit:
         raise UserError(f"a prompt needs {max(lengths)} tokens with its completion, not {limit}")
-    settings = dict(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0])
+    settings = dict(max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=0)
     if temperature > 0:  # top_k=0 and top_p=1 turn these filters off
         settings |= dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
-    sampler = copy.copy(model)  # shares the weights; the model's own settings would fill gaps
+    sampler = copy.copy(model)  # the same weights, but not the model's own generation settings
     sampler.generation_config = transformers.GenerationConfig(**settings)
     completions = [None] * len(prompts)
     for batch in batch_by_tokens(lengths, token_budget):
         rows = [torch.tensor(prompts[i], device=model.device) for i in batch]
         ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
-        out = sampler.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long())
+        out = sampler.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long())  # -1 is padding
         for i, new in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
             end = next((n for n, token in enumerate(new) if token in ends), len(new))
             completions[i] = new[: end + 1]
@@ -387,17 +387,14 @@ class SelfReward:
 
     def __init__(self, model, tokenizer, token_budget=SAMPLE_TOKENS):
         self.model, self.tokenizer, self.token_budget = model, tokenizer, token_budget
-        self.__name__ = "self_reward"  # TRL names its metrics by it
-        self.failures = 0  # replies of the latest call without a score
+        self.__name__, self.failures = "self_reward", 0  # TRL's name; replies without a score
 
     def __call__(self, prompts, completions, **_):
-        # OPEN: the judge is greedy, and its reply is begun for it: this keeps a weak one to the
-        # form. A reply without a score counts as 0: who breaks the judge earns nothing.
+        # OPEN: the judge decodes greedily, and we begin its reply for it, which keeps a weak judge
+        # to the form. A reply without a score counts as 0: breaking the judge must not pay.
         opening = self.tokenizer("<justification>", add_special_tokens=False)["input_ids"]
-        chats = [
-            encode_chat(self.tokenizer, self_reward_messages(as_text(p), as_text(c))) + opening
-            for p, c in zip(prompts, completions, strict=True)
-        ]
+        boxes = map(self_reward_messages, map(as_text, prompts), map(as_text, completions))
+        chats = [encode_chat(self.tokenizer, messages) + opening for messages in boxes]
         replies = sample(self.model, self.tokenizer, chats, JUDGE_TOKENS, 0.0, self.token_budget)
         scores = [parse_score(decode(self.tokenizer, ids)) for ids in replies]
         self.failures = scores.count(None)
@@ -435,7 +432,7 @@ def call_reward(reward, prompts, completions):
     if len(values) != len(prompts):
         raise UserError(f"the reward {name} gave {len(values)} values for {len(prompts)} exchanges")
     for value, *exchange in zip(values, prompts, completions, strict=True):
-        if not abs(value) < 1e38:  # what fp32 holds
+        if not abs(value) < 1e38:  # true of nan, too; fp32 ends at 3.4e38
             raise UserError(f"the reward {name} gave {value}, no finite number, for {exchange}")
     return torch.tensor(values, dtype=torch.float64)
 
@@ -444,19 +441,19 @@ def call_reward(reward, prompts, completions):
 def add_gradient(model, reference, prompts, completions, advantage, config, weight=1.0):
     """Step 5 for one role: adds the gradient of weight * L to the model's, by micro-batches.
     prompts, completions: S lists of token ids; advantage: (S,). Each loss is divided by S, so that
-    micro-batches do not change the gradient. Returns L, and the KL to the reference and the
-    entropy in nats, as means over the tokens."""
-    model.train()  # for gradient checkpointing; every dropout is 0
+    micro-batches do not change the gradient. Returns L and, as means over the tokens and in nats,
+    the KL to the reference and the entropy, which is estimated by -log pi."""
+    model.train()  # or gradient checkpointing does nothing; dropout is 0 all the same
     lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, completions, strict=True)]
-    sums = torch.zeros(4, device=model.device)
+    sums = torch.zeros(4, device=model.device)  # of the loss, KL, log pi and number of tokens
     for batch in batch_by_tokens(lengths, config.update_tokens):
         rows = [prompts[i] for i in batch], [completions[i] for i in batch]
         with torch.no_grad():
             ref_log_probs, _ = completion_log_probs(reference, *rows, config.temperature)
         log_probs, mask = completion_log_probs(model, *rows, config.temperature)
         A = advantage[batch].float().to(model.device)
-        norm = config.length_norm
-        loss = policy_loss(log_probs, ref_log_probs, A, mask, config.beta, norm, len(prompts))
+        beta, length_norm = config.beta, config.length_norm
+        loss = policy_loss(log_probs, ref_log_probs, A, mask, beta, length_norm, len(prompts))
         (weight * loss).backward()
         with torch.no_grad():
             kl = kl_penalty(log_probs, ref_log_probs)  # 0 on padding
@@ -467,28 +464,28 @@ def add_gradient(model, reference, prompts, completions, advantage, config, weig
 
 
 class MasterAdamW:
-    """torch's AdamW on fp32 masters of the weights, which the model's weights then copy. A step of
-    1e-6 is less than half a bf16 step of most weights: in bf16 it would be lost."""
+    """torch's AdamW on fp32 copies of the weights, the masters; the model then copies them back. A
+    step of 1e-6 is less than half a bf16 step of most weights: in bf16 it would be rounded away."""
 
     # OPEN: no weight decay; betas and eps are torch's. The masters are fp32, while the gradients
     # of micro-batches add up in the model's own dtype.
     def __init__(self, model, lr):
-        self.weights = list(model.parameters())
-        self.masters = [w.detach().float() for w in self.weights]  # a fp32 weight is its own
+        self.weights = [w for w in model.parameters() if w.requires_grad]
+        self.masters = [w.detach().float() for w in self.weights]  # of fp32 weights: no copy
         self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=True)
         self.begun = 0  # iterations whose step has begun
 
     @torch.no_grad()
     def step(self):
-        """One step down the gradient, which is freed. Returns its norm before clipping; if that is
-        not finite, no step is taken: it would spoil every weight."""
-        self.begun += 1
+        """One step down the gradient, which is cleared. Returns its norm before clipping; if that
+        is not finite, no step is taken: it would spoil every weight."""
         for weight, master in zip(self.weights, self.masters, strict=True):
             if weight.grad is not None:
                 master.grad, weight.grad = weight.grad.float(), None
         average_gradients(self.masters)
         # OPEN: the paper names no clipping. TRL's trainers clip the gradient at norm 1, too.
         norm = torch.nn.utils.clip_grad_norm_(self.masters, 1.0).item()
+        self.begun += 1
         if math.isfinite(norm):
             self.adamw.step()
         self.adamw.zero_grad()
@@ -508,7 +505,7 @@ TOY = dict(model="toy", reward="toy", task="the product of two digits", template
 TOY |= dict(num_queries=32, max_query_tokens=6, max_answer_tokens=4)
 TOY |= dict(iterations=80, beta=0.12, lr=1e-3)
 LLAMA_3B = dict(model="meta-llama/Llama-3.2-3B-Instruct")
-PRESETS = {75: LLAMA_3B, 30: LLAMA_1B, 15: QWEN, 0: TOY}  # by the GiB that a GPU has at least
+PRESETS = {75: LLAMA_3B, 30: LLAMA_1B, 15: QWEN, 0: TOY}  # the key: GiB of GPU memory at least
 
 
 @contextmanager
@@ -516,8 +513,8 @@ def naming(culprit, *errors):
     """Turns errors of these kinds into a sentence that begins with the flag or file at fault."""
     try:
         yield
-    except errors as error:
-        raise UserError(f"{culprit} {str(error).strip().splitlines()[0][:300]}") from error
+    except errors as e:
+        raise UserError(f"{culprit} {(str(e).strip() or repr(e)).splitlines()[0][:300]}") from e
 
 
 def pick_device(device="", dtype=""):
@@ -531,56 +528,60 @@ def pick_device(device="", dtype=""):
 def make_parser():
     """Every flag, with its default for the paper's game; PRESETS hold what other games change."""
     # OPEN: the paper gives no task, template, N, G, beta, alpha_ch, lr or lengths. Beta, G and lr
-    # are those of TRL's GRPO until 0.18 (June 2025), whose lr decays and whose beta is 0 since.
+    # are those of TRL's GRPO up to 0.18 (June 2025). Later its beta is 0; its lr decays, ours not.
     parser = argparse.ArgumentParser("lsp.py")
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    add = parser.add_argument_group("game").add_argument
-    add("--variant", default="zero", choices=["zero", "lsp", "grpo"], help="the game")
-    add("--model", default="", help="hub id, folder or `toy`; left out: the largest that fits")
-    add("--reward", default=REWARD, help="R: a classifier with one label, or FILE.py:FUNCTION")
-    add("--judge", default="", help="R_Q of lsp: chat model or FILE.py:FUNCTION; left out: pi_Ref")
-    add("--prompts", default="", help="data of grpo: .txt, or Alpaca's .json or .jsonl")
-    add("--task", default=TASK, help="what the Challenger writes inputs for")
-    add("--template", default="<input>{input}</input>", help="the frame in which it writes them")
-    add("--num-queries", type=int, default=8, help="N: queries per iteration")
-    add("--num-answers", type=int, default=8, help="G: answers per query")
-    add("--max-query-tokens", type=int, default=256, help="a query is cut off here")
-    add("--max-answer-tokens", type=int, default=512, help="an answer is cut off here")
-    add("--temperature", type=float, default=1.0, help="of sampling and log-probabilities")
-    add = parser.add_argument_group("update").add_argument
-    add("--lr", type=float, default=1e-6, help="learning rate of AdamW, constant")
-    add("--beta", type=float, default=0.04, help="weight of the KL to the reference")
-    add("--alpha-ch", type=float, default=1.0, help="weight of the Challenger's loss")
-    add("--length-norm", default="mean", choices=["mean", "sum"], help="over a sequence's tokens")
-    add("--update-tokens", type=int, default=2560, help="per micro-batch; changes no gradient")
-    add = parser.add_argument_group("run").add_argument
-    add("--out", default="", help="run folder; left out: a new one under runs/")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--iterations", type=int, default=1500, help="the paper shows queries up to 1500")
-    add("--save-every", type=int, default=100, help="iterations; also every ten minutes")
-    add("--sample-tokens", type=int, default=SAMPLE_TOKENS, help="in flight while sampling")
-    add("--seed", type=int, default=0, help="of everything random")
-    add("--device", default="", help="cpu, cuda, cuda:1, mps; left out: cuda if there is one")
-    add("--dtype", default="", choices=["", "float32", "bfloat16"], help="left out: by device")
+
+    def add(name, default, help, **more):
+        help += f" [{default}]" if default else ""
+        group.add_argument(name, default=default, help=help, **(more or {"type": type(default)}))
+
+    group = parser.add_argument_group("game")
+    add("--variant", "zero", "zero-sum, with R_Q, or from data", choices=["zero", "lsp", "grpo"])
+    add("--model", "", "hub id, folder or `toy` [the largest preset that fits the GPU]")
+    add("--reward", REWARD, "R: a classifier with one label, or FILE.py:FUNCTION")
+    add("--judge", "", "R_Q of lsp: a chat model, or FILE.py:FUNCTION [the reference]")
+    add("--prompts", "", "data of grpo: .txt with a query per line, or Alpaca's .json or .jsonl")
+    add("--task", TASK, "what the Challenger writes inputs for")
+    add("--template", "<input>{input}</input>", "the frame in which it writes them")
+    add("--num-queries", 8, "N: queries per iteration")
+    add("--num-answers", 8, "G: answers per query")
+    add("--max-query-tokens", 256, "a query is cut off here")
+    add("--max-answer-tokens", 512, "an answer is cut off here")
+    add("--temperature", 1.0, "of sampling, and of pi in the loss")
+    group = parser.add_argument_group("update")
+    add("--lr", 1e-6, "learning rate of AdamW, constant")
+    add("--beta", 0.04, "weight of the KL to the reference")
+    add("--alpha-ch", 1.0, "weight of the Challenger's loss")
+    add("--length-norm", "mean", "of a sequence's loss over its tokens", choices=["mean", "sum"])
+    add("--update-tokens", 2560, "per micro-batch of the update; the gradient stays the same")
+    group = parser.add_argument_group("run")
+    add("--out", "", "run folder [a new one under runs/]")
+    add("--resume", False, "go on with the run in --out", action="store_true")
+    add("--iterations", 1500, "gradient steps; the paper shows queries up to 1500")
+    add("--save-every", 100, "iterations between checkpoints; every ten minutes in any case")
+    add("--sample-tokens", SAMPLE_TOKENS, "that are sampled at a time, prompts included")
+    add("--seed", 0, "which decides all that is random")
+    add("--device", "", "cpu, cuda, cuda:1 or mps [cuda where there is one]")
+    add("--dtype", "", "[bfloat16 on a GPU, float32 on a CPU]", choices=["", "float32", "bfloat16"])
     return parser
 
 
 def read_settings(argv=None):
     """Flags that were given, else those of the run to resume or of the preset, else defaults."""
     parser = make_parser()
-    given = parser.parse_args(argv)
+    given, saved = parser.parse_args(argv), {}
     device, dtype = pick_device(given.device, given.dtype)
-    cuda, saved = device.type == "cuda", {}
-    gib = torch.cuda.get_device_properties(device).total_memory / 2**30 if cuda else 0
-    presets = [preset for least, preset in PRESETS.items() if gib >= least]
     if given.resume:
-        with naming(f"--resume: --out {given.out} holds no run:", OSError, ValueError):
-            base = saved = json.loads(Path(given.out, "config.json").read_text(encoding="utf-8"))
+        with naming(f"--resume: --out {given.out!r} holds no run:", OSError, ValueError, TypeError):
+            base = saved = dict(json.loads(read_text(Path(given.out, "config.json"))))
     elif given.model:
-        named = [preset for preset in presets if preset["model"] == given.model]
+        named = [preset for preset in PRESETS.values() if preset["model"] == given.model]
         base = named[0] if named else TOY if is_toy(given.model) else {}
     else:
-        base, why = presets[0], f"the GPU has {gib:.0f} GiB" if cuda else "torch sees no GPU"
+        cuda = device.type == "cuda"
+        gib = torch.cuda.get_device_properties(device).total_memory / 2**30 if cuda else 0
+        base = next(preset for least, preset in PRESETS.items() if gib >= least)
+        why = f"the GPU has {gib:.0f} GiB" if cuda else "torch sees no GPU"
         print(f"model: {base['model']}, because {why}; --model names another")
     parser.set_defaults(**{"dtype": str(dtype).removeprefix("torch."), **base})
     config = parser.parse_args(argv)
@@ -589,7 +590,7 @@ def read_settings(argv=None):
 
 
 def check_settings(config, saved):
-    """Refuses what cannot work, before anything is loaded. saved: those of the run to resume."""
+    """Refuses what cannot work. saved: settings of the run to resume; only `free` may differ."""
     free = {"iterations", "save_every", "device", "resume", "out", "update_tokens", "sample_tokens"}
     grpo, problems = config.variant == "grpo", {}
     for name, value in vars(config).items():
@@ -608,8 +609,8 @@ def check_settings(config, saved):
     if config.template.count("{input}") != 1:
         problems["template"] = "it needs {input} once, where the query stands"
     if not saved and config.out and Path(config.out).is_dir() and os.listdir(config.out):
-        problems["out"] = "this folder is not empty; go on with --resume, or name another"
-    for name, problem in problems.items():
+        problems["out"] = "this folder is not empty: empty it, name another, or go on with --resume"
+    for name, problem in problems.items():  # the first one is enough
         raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: {problem}")
 
 
@@ -674,7 +675,7 @@ def load_checkpoint(folder, optimizer):
     """Takes weights, optimizer and logs back to the checkpoint. Returns its iteration."""
     path = folder / "checkpoint/trainer.pt"
     with naming(f"--resume: cannot go on from {path}:", Exception):  # torn files raise all kinds
-        state = torch.load(path, "cpu", weights_only=True, mmap=True)
+        state = torch.load(path, "cpu", weights_only=True, mmap=optimizer.weights[0].is_cuda)
         tensors = zip(optimizer.weights, optimizer.masters, state["masters"], strict=True)
         for weight, master, saved in tensors:
             master.copy_(saved)
@@ -694,6 +695,7 @@ def load_parts(name):
     """(tokenizer, configuration) of a folder or a hub id. Its chat template must work."""
     with naming(f"{name} cannot be loaded:", Exception):  # the hub's errors are of all kinds
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer.chat_template = tokenizer.get_chat_template()  # the default one, of several
         encode_query(tokenizer, "Hello")
         return tokenizer, transformers.AutoConfig.from_pretrained(name)
 
@@ -703,7 +705,7 @@ def load_model(name, device, dtype, auto_class=transformers.AutoModelForCausalLM
     tokenizer, config = load_parts(name)
     for part in (config, config.get_text_config()):
         for key, value in list(vars(part).items()):
-            if "drop" in key and isinstance(value, float):
+            if ("drop" in key or "jitter" in key) and isinstance(value, float):
                 setattr(part, key, 0.0)
     options = dict(config=config, dtype=dtype, output_loading_info=True)
     with naming(f"{name} cannot be loaded:", Exception):
@@ -718,15 +720,18 @@ def load_function(spec):
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py"):
         return None
+    if not Path(path).is_file():
+        raise UserError(f"{spec}: there is no such file")
     sys.path.insert(0, str(Path(path).resolve().parent))  # as `python FILE` does
     sys.modules.pop(Path(path).stem, None)  # it may have the name of a module that is there
-    with naming(f"{spec}:", ModuleNotFoundError, AttributeError):
-        return getattr(importlib.import_module(Path(path).stem), name)
+    module = importlib.import_module(Path(path).stem)
+    with naming(f"{spec}:", AttributeError):
+        return getattr(module, name)
 
 
 # 10. Toy game: a Llama of 0.1 M parameters that has done some homework ---------------------------
-# The homework's three kinds, as chats and replies: Box 1 with the toy's task and template, "3x4";
-# "7x8", "56"; Box 3 with the query 7x8 and the answer 56, "<justification><score>7</score>".
+# It learns three kinds of (chat, reply). Challenger: (Box 1, "3x4"). Solver: ("7x8", "56"). Judge:
+# (Box 3 about the query 7x8 and the answer 56, "<justification><score>7</score>").
 PRODUCT = re.compile(r"([0-9])x([0-9])")
 
 
@@ -747,7 +752,7 @@ def toy_tokenizer():
     token = tokenizers.Regex("|".join([*map(re.escape, words), r"[\s\S]"]))
     core.pre_tokenizer = tokenizers.pre_tokenizers.Split(token, "isolated")
     core.decoder = tokenizers.decoders.Fuse()
-    turn = "{{ m.content + ['<answer>', '<eos>'][loop.index0] }}"
+    turn = "{{ m.content + ['<answer>', '<eos>'][loop.index0 % 2] }}"
     chat = "<bos>{% for m in messages %}" + turn + "{% endfor %}"
     named = dict(unk_token="<unk>", pad_token="<unk>", bos_token="<bos>", eos_token="<eos>")
     named |= dict(extra_special_tokens=["<answer>"], chat_template=chat)
@@ -766,7 +771,7 @@ def toy_query(draw, rate):
 
 def toy_exchange(draw, wrong_grades=0.0):
     """(query, answer, grade): 7 if the query is a product, whatever the answer, and 5 if not: the
-    judge knows no arithmetic. Most bad queries are nearly products, as players find any gap."""
+    judge knows no arithmetic. Most bad queries are nearly products: players would find any gap."""
     a, b, c, d, at = (draw.randint(0, most) for most in (9, 9, 9, 9, 3))
     spoiled = f"{a}x{b}"[:at] + toy_symbols(draw, 3) + f"{a}x{b}"[at + draw.randint(0, 1) :]
     query = draw.choice([f"{a}x{b}", spoiled, toy_symbols(draw, 3, least=3), toy_symbols(draw, 6)])
@@ -796,12 +801,11 @@ def make_toy(seed, wrong_grades=0.05, steps=1200, batch=96):
         query, answer, grade = toy_exchange(draw, wrong_grades)
         chat = self_reward_messages(query, answer)
         homework.append((chat, f"<justification><score>{grade}</score>"))
-    prompts = [encode_chat(tokenizer, chat) for chat, _ in homework]
     replies = tokenizer([reply + "<eos>" for _, reply in homework])["input_ids"]
-    pairs = list(zip(prompts, replies, strict=True))
+    pairs = list(zip([encode_chat(tokenizer, chat) for chat, _ in homework], replies, strict=True))
     adamw = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     for step in tqdm(range(steps), desc="toy: homework", disable=RANK > 0):
-        adamw.param_groups[0]["lr"] = 4e-3 * min(1, 2 - 2 * step / steps)
+        adamw.param_groups[0]["lr"] = 4e-3 * min(1, 2 - 2 * step / steps)  # falls in the last half
         log_probs, mask = completion_log_probs(model, *zip(*draw.sample(pairs, batch), strict=True))
         (-log_probs.sum() / mask.sum()).backward()
         adamw.step()
@@ -813,12 +817,12 @@ def toy_reward(prompts, completions, **_):
     """R: 1 for the right product, else 0. Nothing is right about a query that is no product."""
     asked = [PRODUCT.fullmatch(prompt) for prompt in prompts]
     right = [m and str(int(m[1]) * int(m[2])) for m in asked]
-    return [float(one == other) for one, other in zip(right, completions, strict=True)]
+    return [float(answer == wanted) for answer, wanted in zip(completions, right, strict=True)]
 
 
 @torch.no_grad()
 def toy_table(model, tokenizer):
-    """How likely the right answer to each a x b is at temperature 1, exactly. -> (10, 10)"""
+    """The exact probability, at temperature 1, of the right answer to each a x b. -> (10, 10)"""
     pairs = [(a, b) for a in range(10) for b in range(10)]
     prompts = [encode_query(tokenizer, f"{a}x{b}") for a, b in pairs]
     completions = tokenizer([f"{a * b}<eos>" for a, b in pairs])["input_ids"]
@@ -829,20 +833,19 @@ def toy_table(model, tokenizer):
 # 11. Command line --------------------------------------------------------------------------------
 def join_input(row):
     """The text of a row of data: its `instruction`, `prompt` or `query`, then Alpaca's `input`."""
-    text = row.get("instruction") or row.get("prompt") or row.get("query")
-    return "\n\n".join(part for part in (text, row.get("input")) if part)
+    key = [key for key in ("instruction", "prompt", "query") if key in row][0]
+    return "\n\n".join(part for part in (row[key], row.get("input")) if part)
 
 
 def read_prompts(name):
     """GRPO's queries as [(where it stands, text), ...], of a .txt, .json or .jsonl file."""
     text, unit = read_text(name), "entry" if name.endswith(".json") else "line"
-    with naming(f"--prompts {name}:", ValueError):
-        rows = json.loads(text) if unit == "entry" else text.split("\n")
+    with naming(f"--prompts {name}: no list:", ValueError, TypeError):
+        rows = [] + json.loads(text) if unit == "entry" else text.split("\n")
     prompts = []
     for n, row in enumerate(rows, 1):
-        with naming(
-            f"--prompts {name}, {unit} {n}: no text:", ValueError, TypeError, AttributeError
-        ):
+        where = f"--prompts {name}, {unit} {n}: no text:"
+        with naming(where, ValueError, TypeError, AttributeError, LookupError):
             row = json.loads(row) if name.endswith(".jsonl") and row.strip() else row
             query = (row if isinstance(row, str) else join_input(row)).strip()
             query.encode()  # refuses half a character
@@ -854,20 +857,19 @@ def read_prompts(name):
 
 def check_lengths(config, name, prompts, judge, reward):
     """Refuses chats that could outgrow their model, before any is loaded."""
-    query, advice = config.max_query_tokens, "lower --max-query-tokens or --max-answer-tokens"
     user, box_3 = [{"role": "user", "content": ""}], self_reward_messages("", "")
-    chats = [(name, challenger_messages(config.task, config.template), query)]
-    if prompts:
-        tokenize = load_parts(name)[0].tokenize
-        query, place = max((len(tokenize(text)), place) for place, text in prompts)
-        advice, chats = f"shorten {config.prompts}, {place}, or lower --max-answer-tokens", []
-    both = query + config.max_answer_tokens
-    chats += [(name, user, both), (reward, user, both), (judge, box_3, both + JUDGE_TOKENS)]
+    answer, score = config.max_answer_tokens, config.max_answer_tokens + JUDGE_TOKENS
+    chats = [(name, user, answer), (reward, user, answer), (judge, box_3, score)]
+    chats += [] if prompts else [(name, challenger_messages(config.task, config.template), 0)]
     for model, messages, more in (chat for chat in chats if chat[0]):
         tokenizer, arch = load_parts(model)
-        tokens, limit = len(encode_chat(tokenizer, messages)) + more, position_limit(arch)
+        lengths = ((len(tokenizer.tokenize(text)), place) for place, text in prompts)
+        query, place = max(lengths, default=(config.max_query_tokens, ""))
+        tokens, limit = len(encode_chat(tokenizer, messages)) + query + more, position_limit(arch)
         if tokens > limit:
-            raise UserError(f"{model} takes {limit} tokens, a chat can have {tokens}: {advice}")
+            cure = f"shorten {config.prompts}, {place}," if prompts else "lower --max-query-tokens"
+            cure += " or lower --max-answer-tokens"
+            raise UserError(f"{model} takes {limit} tokens, and a chat can have {tokens}: {cure}")
 
 
 def load_game(config):
@@ -888,15 +890,17 @@ def load_game(config):
     data = random.Random(f"{config.seed}/data").sample(prompts, len(prompts))
     data = [text for _, text in data[RANK::PROCESSES] or data]  # each process has its own part
     device, dtype = pick_device(config.device, config.dtype)
-    loaded = make_toy(config.seed) if name == "toy" else load_model(name, device, dtype)
+    base, tokenizer = make_toy(config.seed) if name == "toy" else load_model(name, device, dtype)
     # OPEN: a model that was trained before is its own reference, and in LSP its own judge.
-    reference, tokenizer = loaded[0].to(device, dtype).requires_grad_(False), loaded[1]
+    for weight in base.parameters() if name == "toy" else ():  # .to(dtype) would round RoPE, too
+        weight.data = weight.data.to(dtype)
+    reference = base.to(device).requires_grad_(False)
     model = copy.deepcopy(reference).requires_grad_(True)
     model.activation_checkpointing_enable()
     reward = reward or RewardModel(config.reward, device, dtype)
     if judge_name:
-        chat = load_model(judge_name, device, dtype) if config.judge else (reference, tokenizer)
-        judge = SelfReward(*chat, config.sample_tokens)
+        grader = load_model(judge_name, device, dtype) if config.judge else (reference, tokenizer)
+        judge = SelfReward(*grader, config.sample_tokens)
     optimizer = MasterAdamW(model, config.lr)
     players = dict(model=model, reference=reference, tokenizer=tokenizer, optimizer=optimizer)
     return players | dict(reward=reward, judge=judge, data=data)
@@ -912,8 +916,8 @@ def train(config):
         start = load_checkpoint(folder, game["optimizer"]) if config.resume else 0
         play_run(game, config, folder, start)
         return config, []
-    with naming(f"--out {folder}: cannot save:", *DISK_ERRORS):
-        folder.mkdir(parents=True, exist_ok=True)
+    with naming(f"--out {folder}: cannot save, or another run has it:", *DISK_ERRORS):
+        (folder / "reference").mkdir(parents=True, exist_ok=config.resume)
         lock = filelock.FileLock(folder / "lock", timeout=0).acquire()
         if not config.resume:
             for part in (game["model"], game["tokenizer"]):  # kept: the model's own folder may go
@@ -944,25 +948,21 @@ def play_run(game, config, folder, start):
             if RANK == 0 and (done % config.save_every == 0 or since - saved_at > 600):
                 save_checkpoint(folder, game, done)
                 saved, saved_at = done, since
-    except torch.OutOfMemoryError as error:
-        raise UserError("out of GPU memory: lower --update-tokens or --sample-tokens") from error
     finally:
         bar.close()
-        if RANK == 0 and game["optimizer"].begun == done > saved:  # no half step
+        if RANK == 0 and game["optimizer"].begun == done > saved:  # not in the middle of a step
             save_checkpoint(folder, game, done)
             saved = done
         if RANK == 0 and done < config.iterations:
-            print(
-                f"saved after {saved} iterations; go on with: lsp.py --resume --out {config.out!r}"
-            )
+            print(f'saved {saved} iterations; go on: python lsp.py --resume --out "{config.out}"')
 
 
 def metrics(play, game, seconds):
     """A record of metrics.jsonl. The README has a sentence on each number."""
     model, tokenizer, numbers = game["model"], game["tokenizer"], play.numbers
     ends = end_tokens(model, tokenizer)
-    words = tokenizer(play.queries, add_special_tokens=False)["input_ids"]
-    pairs = [pair for query in words for pair in zip(query, query[1:], strict=False)]
+    tokens = tokenizer(play.queries, add_special_tokens=False)["input_ids"]
+    pairs = [pair for query in tokens for pair in zip(query, query[1:], strict=False)]
     earned, mean = play.R + play.R_Q, statistics.fmean
     record = {
         "iteration": play.iteration,
@@ -971,7 +971,7 @@ def metrics(play, game, seconds):
         **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
         "skipped": int(not math.isfinite(numbers["grad_norm"])),
         "answer_tokens": mean(map(len, play.completions)),
-        "query_tokens": mean(map(len, words)),
+        "query_tokens": mean(map(len, tokens)),
         "truncated": mean(ids[-1] not in ends for ids in play.completions),
         "flat_groups": mean((earned == earned[:, :1]).all(dim=1).tolist()),
         "distinct_queries": len(set(play.queries)) / len(play.queries),
@@ -990,8 +990,7 @@ def write_logs(folder, play, record):
     N, G = play.R.shape
     names = ("query", "answers", "R", "R_Q", "V", "V_Q")
     answers = [play.answers[i * G : (i + 1) * G] for i in range(N)]
-    numbers = (x.tolist() for x in (play.R, play.R_Q, play.V, play.V_Q))
-    rows = zip(play.queries, answers, *numbers, strict=True)
+    rows = zip(play.queries, answers, *(x.tolist() for x in play[4:8]), strict=True)  # R to V_Q
     plays = [{"iteration": play.iteration, **dict(zip(names, row, strict=True))} for row in rows]
     with naming(f"--out {folder}: cannot save:", *DISK_ERRORS):
         for name, records in zip(LOGS, ([record], plays), strict=True):
@@ -1011,13 +1010,13 @@ def report(config, records):
         if first.get(name) or last.get(name):
             print(f"{name:20} {first[name]:9.3f} {last[name]:9.3f}")
     if last["judge_failures"] > config.num_queries * config.num_answers / 4:
-        print("warning: many grades could not be read (judge_failures); --judge names another")
+        print("warning: many replies of the judge hold no score (judge_failures): a weak judge")
     if last["flat_groups"] > 0.9:
         print("warning: most queries' answers all earn the same (flat_groups): nothing is learned")
     if last["truncated"] > 0.9:
         print("warning: nearly all answers are cut off (truncated): raise --max-answer-tokens")
     print(f"\nmetrics.jsonl, plays.jsonl and checkpoint are in {config.out}; next:")
-    print(f"  python eval.py plot {config.out!r} --out run.png")
+    print(f'  python eval.py plot "{config.out}" --out run.png')
 
 
 def main(argv=None):
@@ -1030,6 +1029,7 @@ def run_main(main):
     """Runs a program, with settings that an import must not make."""
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run is saved
+    signal.signal(getattr(signal, "SIGHUP", signal.SIGTERM), signal.default_int_handler)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # for growing caches
