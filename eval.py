@@ -144,7 +144,7 @@ def chat(chats, name, max_new_tokens, temperature):
     for start in range(0, len(keys), BATCH):
         batch = keys[start : start + BATCH]
         ids = [prompts[key] for key in batch]
-        torch.manual_seed(int(digest(batch)[:15], 16))  # the same after a kill as without one
+        torch.manual_seed(int(digest(batch)[:15], 16))  # the same answers after a kill
         replies = lsp.sample(model, tokenizer, ids, max_new_tokens, temperature)
         for key, reply in zip(batch, replies, strict=True):
             text, cut_off = lsp.decode(tokenizer, reply), reply[-1] not in ends
@@ -728,7 +728,8 @@ def plan_run(config, model, reward, judge):
         load["reward model"] = size * reward.weights
         phases["reward"] = {}, [N * G * forward(reward, 1, chat, chat, 0)]
     if config.variant == "lsp" and judge:
-        load["judge"] = size * judge.weights if config.judge else 0  # else the reference judges
+        if config.judge:  # else the reference judges
+            load["judge"] = size * judge.weights
         phases["self-reward"] = sampling(judge, N * G, exchange, lsp.JUDGE_TOKENS, budget)
     phases["update, Solver"] = updating(model, N * G, chat, answer, config.update_tokens)
     phases["update, Challenger"] = updating(model, N, BOX + query, query, config.update_tokens)

@@ -46,10 +46,10 @@ import sys
 import time
 from collections import namedtuple
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import filelock
-import safetensors
 import tokenizers
 import torch
 import transformers
@@ -235,10 +235,10 @@ def parse_query(text, template="<input>{input}</input>"):
     that begin and end a line come first; only if there is none, one may stand inside a line."""
     before, after = (marker.strip(" ") for marker in template.split("{input}", 1))
     for edge, reply in (("\n", f"\n{text}\n"), ("", text)):  # frames of whole lines, then any
-        first, last = edge + before, after + edge
+        first, last = before and edge + before, after and after + edge  # "" if there is none
         parts = reply.split(first)[1:] if first else [reply]
-        framed = [part.split(last)[0] if last else part for part in parts if last in part]
-        framed = [query.strip() for query in framed if query.strip()]
+        framed = [(part.split(last)[0] if last else part).strip() for part in parts if last in part]
+        framed = [q for q in framed if q and (before or "\0") not in q.partition(after or "\0")[2]]
         if framed:
             return framed[-1]
     # OPEN: Algorithm 1 rejects nothing. A reply without the frame is played as far as it can be
@@ -307,8 +307,7 @@ def completion_log_probs(model, prompts, completions, temperature=1.0):
     targets = input_ids[:, first:]  # (B, K - 1): a token is predicted one column before it stands
     logits = logits.flatten(0, 1).float() / temperature  # a softmax in bf16 is off by 0.06 nats
     losses = cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)  # -log pi
-    # Shift each row to the left, so that its completion begins in column 0.
-    column = torch.arange(int(length.max()), device=device)  # (L,)
+    column = torch.arange(int(length.max()), device=device)  # (L,); 0 is where a completion begins
     mask = column < length
     place = (start - first + column).clamp(max=K - 2)  # (B, L); the clamp is for the padding
     return -losses.gather(1, place).masked_fill(~mask, 0.0), mask
@@ -329,9 +328,10 @@ def end_tokens(model, tokenizer):
     ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
     if tokenizer.chat_template:
         user, reply = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}
-        after = render_chat(tokenizer, [user, reply, user], False).rpartition("ANSWER")[2].lstrip()
+        texts = [render_chat(tokenizer, c, False) for c in ([user, reply], [user, reply, user])]
+        last, middle = (text.rpartition("ANSWER")[2].lstrip() for text in texts)
         added = tokenizer.added_tokens_decoder.items()
-        ends |= {id for id, token in added if after.startswith(token.content)}
+        ends |= {id for id, token in added if (last or middle).startswith(token.content)}
     return sorted(ends)
 
 
@@ -527,14 +527,14 @@ def pick_device(device="", dtype=""):
 
 def make_parser():
     """Every flag, with its default for the paper's game; PRESETS hold what other games change."""
-    # OPEN: the paper gives no task, template, N, G, beta, alpha_ch, lr or lengths. Beta, G and lr
-    # are those of TRL's GRPO up to 0.18 (June 2025). Later its beta is 0; its lr decays, ours not.
-    parser = argparse.ArgumentParser("lsp.py")
 
     def add(name, default, help, **more):
         help += f" [{default}]" if default else ""
         group.add_argument(name, default=default, help=help, **(more or {"type": type(default)}))
 
+    # OPEN: the paper gives no task, template, N, G, beta, alpha_ch, lr or lengths. Beta, G and lr
+    # are those of TRL's GRPO up to 0.18 (June 2025). Later its beta is 0; its lr decays, ours not.
+    parser = argparse.ArgumentParser("lsp.py")
     group = parser.add_argument_group("game")
     add("--variant", "zero", "zero-sum, with R_Q, or from data", choices=["zero", "lsp", "grpo"])
     add("--model", "", "hub id, folder or `toy` [the largest preset that fits the GPU]")
@@ -572,7 +572,7 @@ def read_settings(argv=None):
     given, saved = parser.parse_args(argv), {}
     device, dtype = pick_device(given.device, given.dtype)
     if given.resume:
-        with naming(f"--resume: --out {given.out!r} holds no run:", OSError, ValueError, TypeError):
+        with naming(f"--resume: --out {given.out} holds no run:", OSError, ValueError, TypeError):
             base = saved = dict(json.loads(read_text(Path(given.out, "config.json"))))
     elif given.model:
         named = [preset for preset in PRESETS.values() if preset["model"] == given.model]
@@ -618,7 +618,6 @@ def check_settings(config, saved):
 LOGS = ("metrics.jsonl", "plays.jsonl")
 RANK = int(os.environ.get("RANK", 0))  # torchrun numbers its processes; 0 shows, logs and saves
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
-DISK_ERRORS = (OSError, RuntimeError, safetensors.SafetensorError)
 
 
 def average_gradients(parameters):
@@ -651,20 +650,20 @@ def as_jsonl(records):
 
 def write_atomically(path, text):
     """Writes a file so that a kill leaves the old one or the new one."""
-    Path(f"{path}.part").write_text(text, encoding="utf-8")
-    os.replace(f"{path}.part", path)
+    with naming(f"{path}: cannot be written:", OSError):
+        Path(f"{path}.part").write_text(text, encoding="utf-8")
+        os.replace(f"{path}.part", path)
 
 
 def save_checkpoint(folder, game, iteration):
     """Weights for from_pretrained, and trainer.pt, from which alone a run goes on. Each file takes
     its place once it is whole: a kill tears none."""
     part, optimizer = folder / "checkpoint.part", game["optimizer"]
-    with naming(f"--out {folder}: cannot save:", *DISK_ERRORS):
+    with naming(f"--out {folder}: cannot save:", Exception):
         game["model"].save_pretrained(part)
         game["tokenizer"].save_pretrained(part)
         state = dict(iteration=iteration, masters=optimizer.masters)
         torch.save(state | {"adamw": optimizer.adamw.state_dict()}, part / "trainer.pt")
-        (folder / "checkpoint").mkdir(exist_ok=True)
         for name in os.listdir(part):
             os.replace(part / name, folder / "checkpoint" / name)
         part.rmdir()
@@ -685,7 +684,7 @@ def load_checkpoint(folder, optimizer):
     for log in (folder / name for name in LOGS if RANK == 0):
         log.touch()
         records = [record for record in read_jsonl(log) if record["iteration"] < start]
-        if {record["iteration"] for record in records} != set(range(start)):
+        if len({r["iteration"] for r in records}) != start or len(records) % max(1, start):
             raise UserError(f"--resume: {log} is shorter than it was")
         write_atomically(log, as_jsonl(records))
     return start
@@ -720,13 +719,16 @@ def load_function(spec):
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py"):
         return None
-    if not Path(path).is_file():
+    file = Path(path).resolve()
+    if not file.is_file():
         raise UserError(f"{spec}: there is no such file")
-    sys.path.insert(0, str(Path(path).resolve().parent))  # as `python FILE` does
-    sys.modules.pop(Path(path).stem, None)  # it may have the name of a module that is there
-    module = importlib.import_module(Path(path).stem)
-    with naming(f"{spec}:", AttributeError):
-        return getattr(module, name)
+    if getattr(sys.modules.get(file.stem), "__file__", "") != str(file):
+        sys.modules.pop(file.stem, None)  # the file may have the name of a module that is there
+    sys.path.insert(0, str(file.parent))  # as `python FILE` does, for itself and its processes
+    module = importlib.import_module(file.stem)
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"{spec}: this file has no such function")
+    return getattr(module, name)
 
 
 # 10. Toy game: a Llama of 0.1 M parameters that has done some homework ---------------------------
@@ -858,8 +860,8 @@ def read_prompts(name):
 def check_lengths(config, name, prompts, judge, reward):
     """Refuses chats that could outgrow their model, before any is loaded."""
     user, box_3 = [{"role": "user", "content": ""}], self_reward_messages("", "")
-    answer, score = config.max_answer_tokens, config.max_answer_tokens + JUDGE_TOKENS
-    chats = [(name, user, answer), (reward, user, answer), (judge, box_3, score)]
+    answer, score = config.max_answer_tokens, config.max_answer_tokens + JUDGE_TOKENS + 20
+    chats = [(name, user, answer), (reward, user, answer + 4), (judge, box_3, score)]
     chats += [] if prompts else [(name, challenger_messages(config.task, config.template), 0)]
     for model, messages, more in (chat for chat in chats if chat[0]):
         tokenizer, arch = load_parts(model)
@@ -867,8 +869,8 @@ def check_lengths(config, name, prompts, judge, reward):
         query, place = max(lengths, default=(config.max_query_tokens, ""))
         tokens, limit = len(encode_chat(tokenizer, messages)) + query + more, position_limit(arch)
         if tokens > limit:
-            cure = f"shorten {config.prompts}, {place}," if prompts else "lower --max-query-tokens"
-            cure += " or lower --max-answer-tokens"
+            cure = f"shorten {config.prompts}, {place}" if prompts else "lower --max-query-tokens"
+            cure += " or --max-answer-tokens" if more else " or shorten --task"
             raise UserError(f"{model} takes {limit} tokens, and a chat can have {tokens}: {cure}")
 
 
@@ -916,8 +918,8 @@ def train(config):
         start = load_checkpoint(folder, game["optimizer"]) if config.resume else 0
         play_run(game, config, folder, start)
         return config, []
-    with naming(f"--out {folder}: cannot save, or another run has it:", *DISK_ERRORS):
-        (folder / "reference").mkdir(parents=True, exist_ok=config.resume)
+    with naming(f"--out {folder}: cannot save, or another run has it:", Exception):
+        (folder / "checkpoint").mkdir(parents=True, exist_ok=config.resume)
         lock = filelock.FileLock(folder / "lock", timeout=0).acquire()
         if not config.resume:
             for part in (game["model"], game["tokenizer"]):  # kept: the model's own folder may go
@@ -939,8 +941,7 @@ def play_run(game, config, folder, start):
     try:
         for play in self_play(**game, config=config, start=start):
             record = metrics(play, game, time.monotonic() - since)
-            if RANK == 0:
-                write_logs(folder, play, record)
+            write_logs(folder, play, record)
             done, since = play.iteration + 1, time.monotonic()
             shown = ("reward", "quality", "kl_solver", "accuracy")
             bar.set_postfix({name: record[name] for name in shown if name in record})
@@ -992,8 +993,8 @@ def write_logs(folder, play, record):
     answers = [play.answers[i * G : (i + 1) * G] for i in range(N)]
     rows = zip(play.queries, answers, *(x.tolist() for x in play[4:8]), strict=True)  # R to V_Q
     plays = [{"iteration": play.iteration, **dict(zip(names, row, strict=True))} for row in rows]
-    with naming(f"--out {folder}: cannot save:", *DISK_ERRORS):
-        for name, records in zip(LOGS, ([record], plays), strict=True):
+    with naming(f"--out {folder}: cannot save:", Exception):
+        for name, records in zip(LOGS, ([record], plays), strict=True) if RANK == 0 else ():
             with open(folder / name, "a", encoding="utf-8") as file:
                 file.write(as_jsonl(records))
 
@@ -1029,14 +1030,13 @@ def run_main(main):
     """Runs a program, with settings that an import must not make."""
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run is saved
-    signal.signal(getattr(signal, "SIGHUP", signal.SIGTERM), signal.default_int_handler)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # for growing caches
     if PROCESSES > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group()
+        torch.distributed.init_process_group(timeout=timedelta(hours=1))  # process 0 saves 45 GB
     try:
         main()
     except UserError as error:

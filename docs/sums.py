@@ -23,6 +23,5 @@ def right_sum(prompts, completions, **_):
 
 
 def clear_sum(prompts, completions, **_):
-    """R_Q: 3 for one clear sum, times the share of the queries that ask another one, else 0."""
-    pairs = [asked(prompt) for prompt in prompts]
-    return [3 * (1 - pairs.count(pair) / len(pairs)) if pair else 0.0 for pair in pairs]
+    """R_Q: 3 if the query asks for one sum and nothing else, or else 0."""
+    return [3.0 if asked(prompt) else 0.0 for prompt in prompts]
