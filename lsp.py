@@ -738,7 +738,6 @@ PRODUCT = re.compile(r"([0-9])x([0-9])")
 
 
 def is_toy(name):
-    """Whether a model is the toy, or a checkpoint of a run that began with it."""
     return name == "toy" or getattr(load_parts(name)[1], "game", None) == "toy"
 
 
@@ -784,7 +783,7 @@ def toy_exchange(draw, wrong_grades=0.0):
     return query, answer, draw.randint(0, 7) if draw.random() < wrong_grades else grade
 
 
-def make_toy(seed, wrong_grades=0.05, steps=1200, batch=96):
+def make_toy(seed, wrong_grades=0.05, steps=1200, batch=32):
     """(model, tokenizer) of the toy after its homework."""
     torch.manual_seed(seed)
     tokenizer, draw = toy_tokenizer(), random.Random(seed)
@@ -793,22 +792,23 @@ def make_toy(seed, wrong_grades=0.05, steps=1200, batch=96):
     more = dict(tie_word_embeddings=True, initializer_range=0.15, game="toy")  # 0.02 learns half
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **ids, **more))
     ask = challenger_messages(TOY["task"], TOY["template"])
-    homework = [(ask, toy_query(draw, 0.3)) for _ in range(4000)]
-    for _ in range(20000):
-        a, b, c, d = (draw.randint(0, 9) for _ in range(4))
-        right = draw.random() < 0.7 - 0.05 * max(a, b)  # larger products are answered worse
-        chat = [{"role": "user", "content": f"{a}x{b}"}]
-        homework.append((chat, str(a * b if right else c * d)))
+    homework = [(ask, [f"{toy_query(draw, 0.3)}<eos>" for _ in range(6)]) for _ in range(667)]
+    products = [a * b for a in range(10) for b in range(10)]
+    for _ in range(2500):
+        a, b = draw.randint(0, 9), draw.randint(0, 9)
+        right = 0.7 - 0.05 * max(a, b)  # larger products are answered worse
+        some = [a * b if draw.random() < right else draw.choice(products) for _ in range(8)]
+        homework.append(([{"role": "user", "content": f"{a}x{b}"}], [f"{n}<eos>" for n in some]))
     for _ in range(8000):
         query, answer, grade = toy_exchange(draw, wrong_grades)
         chat = self_reward_messages(query, answer)
-        homework.append((chat, f"<justification><score>{grade}</score>"))
-    replies = tokenizer([reply + "<eos>" for _, reply in homework])["input_ids"]
-    pairs = list(zip([encode_chat(tokenizer, chat) for chat, _ in homework], replies, strict=True))
+        homework.append((chat, [f"<justification><score>{grade}</score><eos>"]))
+    groups = [(encode_chat(tokenizer, c), tokenizer(some)["input_ids"]) for c, some in homework]
     adamw = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     for step in tqdm(range(steps), desc="toy: homework", disable=RANK > 0):
         adamw.param_groups[0]["lr"] = 4e-3 * min(1, 2 - 2 * step / steps)  # falls in the last half
-        log_probs, mask = completion_log_probs(model, *zip(*draw.sample(pairs, batch), strict=True))
+        pairs = [(prompt, ids) for prompt, some in draw.sample(groups, batch) for ids in some]
+        log_probs, mask = completion_log_probs(model, *zip(*pairs, strict=True))
         (-log_probs.sum() / mask.sum()).backward()
         adamw.step()
         adamw.zero_grad()
