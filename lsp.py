@@ -572,7 +572,7 @@ def read_settings(argv=None):
     given, saved = parser.parse_args(argv), {}
     device, dtype = pick_device(given.device, given.dtype)
     if given.resume:
-        with naming(f"--resume: --out {given.out} holds no run:", OSError, ValueError, TypeError):
+        with naming(f"--resume: --out {given.out} holds no run:", UserError, ValueError, TypeError):
             base = saved = dict(json.loads(read_text(Path(given.out, "config.json"))))
     elif given.model:
         named = [preset for preset in PRESETS.values() if preset["model"] == given.model]
