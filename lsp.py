@@ -869,8 +869,8 @@ def check_lengths(config, name, prompts, judge, reward):
         query, place = max(lengths, default=(config.max_query_tokens, ""))
         tokens, limit = len(encode_chat(tokenizer, messages)) + query + more, position_limit(arch)
         if tokens > limit:
-            cure = f"shorten {config.prompts}, {place}" if prompts else "lower --max-query-tokens"
-            cure += " or --max-answer-tokens" if more else " or shorten --task"
+            cure = f"shorten {config.prompts}, {place}," if prompts else "lower --max-query-tokens"
+            cure += " or lower --max-answer-tokens" if more else " or shorten --task"
             raise UserError(f"{model} takes {limit} tokens, and a chat can have {tokens}: {cure}")
 
 
