@@ -1481,9 +1481,9 @@ def test_the_longest_chat_of_each_role_is_held_against_its_models_limit(tmp_path
     cuneiform = "\U00012000" * 15  # 15 characters of four tokens each
     prompts = [("line 1", "e" * 50), ("line 3", cuneiform), ("line 4", "2+2?")]
     for role, tokens, spare, texts, cure in (
-        ("name", query, 0, [], "--max-query-tokens or --max-answer-tokens"),
-        ("name", query, 0, prompts, "line 3 or --max-answer-tokens"),
-        ("reward", len(exchange), 5, [], "--max-query-tokens or --max-answer-tokens"),
+        ("name", query, 0, [], "--max-query-tokens or lower --max-answer-tokens"),
+        ("name", query, 0, prompts, "line 3, or lower --max-answer-tokens"),
+        ("reward", len(exchange), 5, [], "--max-query-tokens or lower --max-answer-tokens"),
         ("judge", len(box_3) + len(opening) + lsp.JUDGE_TOKENS, 10, [], "--max-answer-tokens"),
     ):
         for more in (spare, -1):
