@@ -132,9 +132,9 @@ Play = namedtuple("Play", "iteration queries answers completions R R_Q V V_Q num
 
 def self_play(model, reference, tokenizer, optimizer, reward, judge, data, config, start=0):
     """Algorithm 1 from iteration `start` on; yields a Play per iteration. data: GRPO's queries."""
-    N, G = config.num_queries, config.num_answers
+    N, G, alpha = config.num_queries, config.num_answers, config.alpha_ch
     sampling = dict(temperature=config.temperature, token_budget=config.sample_tokens)
-    box_1 = encode_chat(tokenizer, challenger_messages(config.task, config.template))  # token ids
+    box_1 = [encode_chat(tokenizer, challenger_messages(config.task, config.template))] * N
     for iteration in range(start, config.iterations):
         # One seed per iteration and process (RANK): a resumed run then draws the same again.
         transformers.set_seed(random.Random(f"{config.seed}/{iteration}/{RANK}").getrandbits(32))
@@ -143,7 +143,7 @@ def self_play(model, reference, tokenizer, optimizer, reward, judge, data, confi
         if config.variant == "grpo":
             queries = [data[(iteration * N + i) % len(data)] for i in range(N)]
         else:
-            replies = sample(model, tokenizer, [box_1] * N, config.max_query_tokens, **sampling)
+            replies = sample(model, tokenizer, box_1, config.max_query_tokens, **sampling)
             queries = [parse_query(decode(tokenizer, ids), config.template) for ids in replies]
 
         # step 2: the Solver answers each query G times
@@ -167,11 +167,9 @@ def self_play(model, reference, tokenizer, optimizer, reward, judge, data, confi
         L_sol, kl, entropy = add_gradient(model, reference, prompts, completions, A_sol, config)
         numbers = {"loss": L_sol, "kl_solver": kl, "entropy_solver": entropy}
         if config.variant != "grpo":
-            L_ch, kl, entropy = add_gradient(
-                model, reference, [box_1] * N, replies, A_ch, config, weight=config.alpha_ch
-            )
+            L_ch, kl, entropy = add_gradient(model, reference, box_1, replies, A_ch, config, alpha)
             numbers |= {"kl_challenger": kl, "entropy_challenger": entropy}
-            numbers["loss"] += config.alpha_ch * L_ch
+            numbers["loss"] += alpha * L_ch
         numbers["grad_norm"] = optimizer.step()  # and clears the gradients
         yield Play(iteration, queries, answers, completions, R, R_Q, V, V_Q, numbers)
 
@@ -303,9 +301,11 @@ def completion_log_probs(model, prompts, completions, temperature=1.0):
     # Logits are needed from the column that predicts the earliest completion token: the last K.
     first = min(len(prompt) for prompt in prompts)
     K = input_ids.shape[1] - first + 1
-    logits = model(input_ids, use_cache=False, logits_to_keep=K).logits[:, -K:-1]  # (B, K-1, vocab)
+    kept = torch.arange(-K, 0, device=device)  # the number K would copy a frozen head B times
+    logits = model(input_ids, use_cache=False, logits_to_keep=kept).logits[:, -K:-1]
     targets = input_ids[:, first:]  # (B, K - 1): a token is predicted one column before it stands
-    logits = logits.flatten(0, 1).float() / temperature  # a softmax in bf16 is off by 0.06 nats
+    logits = logits.flatten(0, 1).float()  # a softmax in bf16 is off by 0.06 nats
+    logits = logits if temperature == 1 else logits / temperature
     losses = cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)  # -log pi
     column = torch.arange(int(length.max()), device=device)  # (L,); 0 is where a completion begins
     mask = column < length
