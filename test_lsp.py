@@ -595,6 +595,13 @@ def test_log_probs_of_bf16_models_have_an_fp32_softmax():
     assert log_probs.dtype == FP32 and (log_probs[0] - exactly).abs().max() < 1e-4
 
 
+def test_a_frozen_models_head_is_not_copied_for_each_sequence():
+    model = tiny_llama().requires_grad_(False)  # torch does that to a slice of hidden states
+    with torch.profiler.profile() as profile:
+        lsp.completion_log_probs(model, [[5] * 9] * 3, [[6] * 4] * 3)
+    assert "aten::bmm" not in {event.key for event in profile.key_averages()}
+
+
 GPT = dict(vocab_size=262, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1)
 WINDOW = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"])
 GEMMA = GROUPED | dict(head_dim=8, query_pre_attn_scalar=8, pad_token_id=2) | WINDOW
@@ -2370,18 +2377,7 @@ def test_a_bad_command_is_one_line_that_names_its_cause(case, tmp_path, capsys, 
     assert re.search(says, refusal(capsys, *command.split(), main=evaluation.main))
 
 
-# docs/sums.py and README.md ----------------------------------------------------------------------
-def test_the_sums_of_docs_are_rewarded_as_they_say():
-    right = lsp.load_function(f"{HERE}/docs/sums.py:right_sum")
-    clear = lsp.load_function(f"{HERE}/docs/sums.py:clear_sum")
-    clear_ones = ["What is 3 plus 4?", "3 + 4", "3+4", "What is 3 + 4 = ?", "calculate 3 plus 4."]
-    others = ["3 + 4 + 5", "3 + 4 = 7", "What is 3 + 4? What is 5 + 6?", "\u0663 + 4", "3 x 4", ""]
-    asked = clear_ones + others
-    assert clear(prompts=asked, completions=[""] * 11) == [3.0] * 5 + [0.0] * 6
-    for answer, reward in (("It is 7.", 1), ("3 + 4 = 7", 1), ("7 or 8", 0), ("", 0), ("07", 0)):
-        assert right(prompts=asked, completions=[answer] * 11) == [reward] * 5 + [0.0] * 6
-
-
+# Both programs and README.md ---------------------------------------------------------------------
 @cases("name", ["lsp.py", "eval.py"])
 def test_no_program_runs_or_unpickles_what_others_wrote(name):
     text = (HERE / name).read_text()

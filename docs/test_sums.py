@@ -1,0 +1,86 @@
+"""Tests of sums.py and sums_report.py."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import sums
+import sums_report
+import torch
+from pytest import approx
+
+import test_lsp
+
+
+def test_the_sums_are_rewarded_as_they_say():
+    clear_ones = ["What is 3 plus 4?", "3 + 4", "3+4", "What is 3 + 4 = ?", "calculate 3 plus 4."]
+    others = ["3 + 4 + 5", "3 + 4 = 7", "What is 3 + 4? What is 5 + 6?", "\u0663 + 4", "3 x 4", ""]
+    asked = clear_ones + others
+    assert sums.clear_sum(prompts=asked, completions=[""] * 11) == [3.0] * 5 + [0.0] * 6
+    for answer, reward in (("It is 7.", 1), ("3 + 4 = 7", 1), ("7 or 8", 0), ("", 0), ("07", 0)):
+        rewards = sums.right_sum(prompts=asked, completions=[answer] * 11)
+        assert rewards == [reward] * 5 + [0.0] * 6
+
+
+def test_the_held_out_sums_are_different_ones_of_both_sizes():
+    assert len({*sums_report.SMALL}) == 81 and len({*sums_report.LARGE}) == 100
+    assert {n for pair in sums_report.SMALL for n in pair} == {*range(1, 10)}
+    assert all(10 <= n <= 99 for pair in sums_report.LARGE for n in pair)
+
+
+def test_shares_are_of_all_held_out_sums_and_of_those_that_the_run_never_asked():
+    draw = random.Random(0)
+    pairs = sums_report.SMALL + sums_report.LARGE
+    right = {f"{a} {b}": [float(draw.random() < p) for p in (0.1, 0.5, 0.9)] for a, b in pairs}
+    known = {*draw.sample(pairs, 50), (4, 123)}
+    wanted, new = [], []
+    for some in (sums_report.SMALL, sums_report.LARGE):
+        for n in range(3):
+            wanted.append(sum(right[f"{a} {b}"][n] for a, b in some) / len(some))
+        unseen = [right[f"{a} {b}"] for a, b in some if (a, b) not in known]
+        new.append(sum(map(sum, unseen)) / len(unseen) / 3)
+    assert sums_report.shares(right, known) == approx(wanted + new)
+    assert np.isnan(sums_report.shares(right, {*pairs})[6:]).all()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of seven iterations of two queries; one of them asks for a sum up to iteration 4."""
+    queries = [("3 + 4" if n < 5 else "no sum", f"what is {n}?") for n in range(7)]
+    records = [{"iteration": n, "query": query} for n, pair in enumerate(queries) for query in pair]
+    (tmp_path / "lsp-0").mkdir()
+    log = tmp_path / "lsp-0/plays.jsonl"
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return log.parent
+
+
+def test_blocks_hold_the_share_of_clear_sums_and_their_mean(run):
+    assert sums_report.asked(run) == [[(3, 4), None]] * 5 + [[None, None]] * 2
+    assert np.array_equal(sums_report.blocks(run), [[0.5, 7], [0, np.nan]], equal_nan=True)
+
+
+def test_the_report_measures_each_model_once_and_counts_as_a_loop_does(run, capsys, monkeypatch):
+    tokenizer = test_lsp.byte_tokenizer()
+    model = test_lsp.tiny_llama(vocab_size=len(tokenizer)).bfloat16()
+    loaded = []
+    monkeypatch.setattr(
+        sums_report.lsp, "load_model", lambda name, *_: (loaded.append(name), (model, tokenizer))[1]
+    )
+    rows = [{"instruction": f"Name river {n}", "output": "The Nile. " * n} for n in range(1, 61)]
+    (run.parent / "alpaca.json").write_text(json.dumps(rows))
+    flags = ["--alpaca", str(run.parent / "alpaca.json"), "--out", str(run.parent / "report")]
+    for _ in range(2):
+        sums_report.main([*flags, "base", str(run)])
+        table = capsys.readouterr().out
+        assert "lsp-0 " in table and "lsp error" in table and "sums.png: written" in table
+    assert loaded == ["base", f"{run}/checkpoint"]
+    found = json.loads((run.parent / "report/held_out.json").read_text())
+    assert found["base"] == found[str(run)] and len(found["base"]["right"]) == 181
+    log_probs = []
+    for row in rows:
+        prompt = sums_report.lsp.encode_query(tokenizer, row["instruction"])
+        ids = tokenizer(row["output"], add_special_tokens=False)["input_ids"][:128]
+        with torch.no_grad():
+            log_probs += test_lsp.plain_log_probs(model, prompt, ids).tolist()
+    assert found["base"]["log_pi"] == approx(sum(log_probs) / len(log_probs), rel=1e-3)
