@@ -497,14 +497,14 @@ class MasterAdamW:
 # 8. Settings -------------------------------------------------------------------------------------
 TASK = "any instruction that people bring to a text assistant: writing, reasoning, code, advice"
 REWARD = "Skywork/Skywork-Reward-V2-Llama-3.2-3B"
-LLAMA_1B = dict(model="meta-llama/Llama-3.2-1B-Instruct", sample_tokens=53248)
+LLAMA_1B = dict(model="meta-llama/Llama-3.2-1B-Instruct", sample_tokens=53248, update_tokens=2560)
 LLAMA_1B |= dict(reward="Skywork/Skywork-Reward-V2-Llama-3.2-1B")
 QWEN = dict(model="Qwen/Qwen3-0.6B", reward="Skywork/Skywork-Reward-V2-Qwen3-0.6B")
 QWEN |= dict(max_query_tokens=128, max_answer_tokens=256, sample_tokens=29696, update_tokens=2048)
 TOY = dict(model="toy", reward="toy", task="the product of two digits", template="{input}")
 TOY |= dict(num_queries=32, max_query_tokens=6, max_answer_tokens=4)
-TOY |= dict(iterations=80, beta=0.12, lr=1e-3)
-LLAMA_3B = dict(model="meta-llama/Llama-3.2-3B-Instruct")
+TOY |= dict(iterations=80, beta=0.12, lr=1e-3, update_tokens=2560)
+LLAMA_3B = dict(model="meta-llama/Llama-3.2-3B-Instruct", update_tokens=2560)
 PRESETS = {75: LLAMA_3B, 30: LLAMA_1B, 15: QWEN, 0: TOY}  # the key: GiB of GPU memory at least
 
 
@@ -553,7 +553,7 @@ def make_parser():
     add("--beta", 0.04, "weight of the KL to the reference")
     add("--alpha-ch", 1.0, "weight of the Challenger's loss")
     add("--length-norm", "mean", "of a sequence's loss over its tokens", choices=["mean", "sum"])
-    add("--update-tokens", 2560, "per micro-batch of the update; the gradient stays the same")
+    add("--update-tokens", 1280, "per micro-batch of the update; the gradient stays the same")
     group = parser.add_argument_group("run")
     add("--out", "", "run folder [a new one under runs/]")
     add("--resume", False, "go on with the run in --out", action="store_true")

@@ -2267,7 +2267,8 @@ def test_a_preset_leaves_a_tenth_of_its_card_free_and_its_plan_is_as_traced(tmp_
 
 
 def test_the_plan_of_the_3b_preset_is_as_counted_by_hand(tmp_path):
-    m, config = plan_model(tmp_path, *LLAMA_3B), settings_of(variant="lsp")
+    m = plan_model(tmp_path, *LLAMA_3B)
+    config = settings_of(**lsp.PRESETS[75], variant="lsp")
     load, phases = evaluation.plan_run(config, m, m, m)
     count = 128256 * 3072 + 28 * (2 * 3072 * 3072 + 2 * 3072 * 1024 + 3 * 3072 * 8192)
     assert [*load.values()] == [2 * count, 2 * count, 12 * count, 2 * count]
@@ -2325,7 +2326,8 @@ def test_weights_and_flops_are_those_that_torch_counts_on_a_real_model(tmp_path,
 
 def test_plan_prints_the_parts_phases_cards_and_disk(tmp_path, capsys):
     plan_model(tmp_path, *LLAMA_3B)
-    evaluation.main(f"plan --variant lsp --model {tmp_path} --reward {tmp_path}".split())
+    flags = f"--model {tmp_path} --reward {tmp_path} --update-tokens 2560"
+    evaluation.main(f"plan --variant lsp {flags}".split())
     text = re.sub(" +", " ", capsys.readouterr().out)
     for words in (
         "\nload 53.9 0.0 0.00 0 weights 6.0, reference 6.0, masters and moments 35.9, reward model",
