@@ -94,7 +94,9 @@ def draw(groups):
     panels[0].set(title="share of queries that ask for one clear sum", ylim=(-0.02, 1.02))
     panels[1].set(title="mean of the sums that they ask for")
     for label, runs in groups.items():
-        values = np.stack([blocks(run) for run in runs])  # (seeds, blocks, 2)
+        values = [blocks(run) for run in runs]
+        shortest = min(map(len, values))  # a run may be unfinished
+        values = np.stack([each[:shortest] for each in values])  # (seeds, blocks, 2)
         for n, axes in enumerate(panels):
             axes.set_xlabel("iteration")
             evaluation.draw_band(axes, 2 + 5 * np.arange(values.shape[1]), values[:, :, n], label)
