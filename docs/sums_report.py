@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sums  # noqa: E402
 
 import eval as evaluation  # noqa: E402
@@ -31,16 +31,16 @@ HEAD = "1-9: plus|What +|a + b|10-99: plus|What +|a + b|1-9 new|10-99 new|subjec
 
 
 def measure(name, alpaca):
-    """Of one model, at temperature 0.01 and in bf16. right: {"3 4": [1.0, 0.0, 1.0], ...}, whether
-    it adds up a pair of numbers in each wording. subject: the share of its answers to the
-    instructions of `alpaca` that hold a word of them. log_pi: its mean log pi per token of the
+    """Of one model, at the temperature of AlpacaEval and in bf16. right: {"3 4": [1.0, 0.0, 1.0],
+    ...}, whether it adds up a pair of numbers in each wording. subject: the share of its answers to
+    the instructions of `alpaca` that hold a word of them. log_pi: its mean log pi per token of the
     answers that `alpaca` holds, up to 128 tokens each."""
     model, tokenizer = lsp.load_model(name, torch.device("cpu"), torch.bfloat16)
 
     def answer(queries, tokens):
         torch.manual_seed(0)
         prompts = [lsp.encode_query(tokenizer, query) for query in queries]
-        sampled = lsp.sample(model, tokenizer, prompts, tokens, 0.01, token_budget=16384)
+        sampled = lsp.sample(model, tokenizer, prompts, tokens, evaluation.TEMPERATURE, 16384)
         return [lsp.decode(tokenizer, ids) for ids in sampled]
 
     pairs, right = SMALL + LARGE, []
@@ -79,9 +79,9 @@ def shares(right, known):
     return [*means[0], *means[1], means[2].mean(), means[3].mean()]
 
 
-def blocks(run, length=5):
-    """The share of clear sums, and the mean of these sums or nan. -> (iterations / length, 2)"""
-    pairs = asked(run)
+def blocks(pairs, length=5):
+    """The share of clear sums, and the mean of these sums or nan, of what a run asked: a list of
+    pairs per iteration. -> (iterations / length, 2)"""
     parts = [sum(pairs[i : i + length], []) for i in range(0, len(pairs), length)]
     totals = [[sum(pair) for pair in part if pair] for part in parts]
     clear = [len(some) / len(part) for some, part in zip(totals, parts, strict=True)]
@@ -89,12 +89,12 @@ def blocks(run, length=5):
 
 
 def draw(groups):
-    """What the Challenger asks, over the iterations. groups: {label: run folders}"""
+    """What the Challenger asks, over the iterations. groups: {label: pairs of each run}"""
     figure, panels = evaluation.new_figure(2, 2, 3)
     panels[0].set(title="share of queries that ask for one clear sum", ylim=(-0.02, 1.02))
     panels[1].set(title="mean of the sums that they ask for")
     for label, runs in groups.items():
-        values = [blocks(run) for run in runs]
+        values = [blocks(pairs) for pairs in runs]
         shortest = min(map(len, values))  # a run may be unfinished
         values = np.stack([each[:shortest] for each in values])  # (seeds, blocks, 2)
         for n, axes in enumerate(panels):
@@ -109,7 +109,9 @@ def main(argv=None):
     parser.add_argument("--alpaca", required=True)
     parser.add_argument("--out", required=True)
     args = parser.parse_args(argv)
-    alpaca = random.Random(0).sample(json.loads(lsp.read_text(args.alpaca)), 60)
+    alpaca = random.Random(0).sample(
+        evaluation.read_rows(args.alpaca, ["instruction", "output"]), 60
+    )
     log = Path(args.out, "held_out.json")
     log.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(lsp.read_text(log)) if log.exists() else {}
@@ -120,18 +122,18 @@ def main(argv=None):
         if name not in found:
             found[name] = measure(f"{name}/checkpoint" if is_run else name, alpaca)
             lsp.write_atomically(log, json.dumps(found))
-        known = {pair for row in asked(name) for pair in row} if is_run else set()
+        pairs = asked(name) if is_run else []
+        known = {pair for row in pairs for pair in row}
         row = [*shares(found[name]["right"], known), found[name]["subject"], found[name]["log_pi"]]
         print(f"{Path(name).name:16}", *(f"{x:11.3f}" for x in row), flush=True)
         group = Path(name).name.rpartition("-")[0]
         rows.setdefault(group, []).append(row)
-        runs.setdefault(group, []).extend([name] if is_run else [])
+        runs.setdefault(group, []).extend([pairs] if is_run else [])
     for group, values in rows.items():
-        for label, numbers in zip(
-            ("mean", "error"), evaluation.mean_and_error(np.array(values)), strict=True
-        ):
+        mean, error = evaluation.mean_and_error(np.array(values))
+        for label, numbers in (("mean", mean), ("error", error)):
             print(f"{group + ' ' + label:16}", *(f"{x:11.3f}" for x in numbers))
-    asking = {group: folders for group, folders in runs.items() if folders and group != "grpo"}
+    asking = {group: some for group, some in runs.items() if some and group != "grpo"}
     evaluation.save_figure(draw(asking), Path(args.out, "sums.png"))
 
 

@@ -56,8 +56,9 @@ def run(tmp_path):
 
 
 def test_blocks_hold_the_share_of_clear_sums_and_their_mean(run):
-    assert sums_report.asked(run) == [[(3, 4), None]] * 5 + [[None, None]] * 2
-    assert np.array_equal(sums_report.blocks(run), [[0.5, 7], [0, np.nan]], equal_nan=True)
+    pairs = sums_report.asked(run)
+    assert pairs == [[(3, 4), None]] * 5 + [[None, None]] * 2
+    assert np.array_equal(sums_report.blocks(pairs), [[0.5, 7], [0, np.nan]], equal_nan=True)
 
 
 def test_the_report_measures_each_model_once_and_counts_as_a_loop_does(run, capsys, monkeypatch):
