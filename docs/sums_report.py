@@ -5,7 +5,7 @@
 MODEL: a hub id or folder, to begin with. RUN: a run folder that is named VARIANT-SEED.
 OUTPUTS.json: another model's answers to AlpacaEval's instructions, as AlpacaEval has them in
 results/alpaca-7b/model_outputs.json. What was measured stands in DIR/held_out.json, and is not
-measured again.
+measured again until a run has more iterations.
 """
 
 import argparse
@@ -27,7 +27,8 @@ import lsp  # noqa: E402
 WORDINGS = ("What is {} plus {}?", "What is {} + {}?", "{} + {}")
 SMALL = [(a, b) for a in range(1, 10) for b in range(1, 10)]
 LARGE = random.Random(2026).sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 100)
-HEAD = "1-9: plus|What +|a + b|10-99: plus|What +|a + b|1-9 new|10-99 new|subject|log pi"
+HEAD = "1-9: plus|What +|a + b|10-99: plus|What +|a + b|1-9|10-99|1-9 new|10-99 new|subject|log pi"
+ASKED = ("clear sums", "different", "mean sum", "R on them")
 
 
 def measure(name, alpaca):
@@ -62,42 +63,48 @@ def measure(name, alpaca):
 
 
 def asked(run):
-    """The pairs of numbers that a run's queries ask for; None for a query that does not ask for one
-    sum alone. -> a list per iteration"""
-    pairs = {}
+    """What a run's Challenger asked for: (pair of numbers or None, V) of each query, a list per
+    iteration. None: the query does not ask for one sum alone."""
+    plays = {}
     for play in lsp.read_jsonl(Path(run, "plays.jsonl")):
-        pairs.setdefault(play["iteration"], []).append(sums.asked(play["query"]))
-    return [*pairs.values()]
+        plays.setdefault(play["iteration"], []).append((sums.asked(play["query"]), play["V"]))
+    return [*plays.values()]
 
 
 def shares(right, known):
-    """Eight shares of right answers: to sums of 1 to 9 and of 10 to 99 in each wording, then to
-    those of them that are not among the known pairs, in all wordings together."""
-    new = [[pair for pair in pairs if pair not in known] for pairs in (SMALL, LARGE)]
+    """Ten shares of right answers: to sums of 1 to 9 and of 10 to 99 in each wording, to both in
+    all wordings together, and to those of them that are not among the known pairs, in either
+    order."""
+    known = {frozenset(pair) for pair in known}
+    new = [[pair for pair in pairs if {*pair} not in known] for pairs in (SMALL, LARGE)]
     answers = [[right[f"{a} {b}"] for a, b in pairs] for pairs in (SMALL, LARGE, *new)]
     means = [np.mean(each, axis=0) if each else np.full(3, np.nan) for each in answers]
-    return [*means[0], *means[1], means[2].mean(), means[3].mean()]
+    return [*means[0], *means[1], *(mean.mean() for mean in means)]
 
 
-def blocks(pairs, length=5):
-    """The share of clear sums, and the mean of these sums or nan, of what a run asked: a list of
-    pairs per iteration. -> (iterations / length, 2)"""
-    parts = [sum(pairs[i : i + length], []) for i in range(0, len(pairs), length)]
-    totals = [[sum(pair) for pair in part if pair] for part in parts]
-    clear = [len(some) / len(part) for some, part in zip(totals, parts, strict=True)]
-    return np.stack([clear, [np.mean(some or np.nan) for some in totals]], axis=1)
+def blocks(plays, length):
+    """Of what a run asked, by `length` iterations: the share of queries that ask for one clear sum,
+    how many different ones, the mean of these sums, and of V on them. -> (blocks, 4)"""
+    rows = []
+    for i in range(0, len(plays), length):
+        part = sum(plays[i : i + length], [])
+        clear = [(pair, value) for pair, value in part if pair]
+        totals, values = [sum(pair) for pair, _ in clear], [value for _, value in clear]
+        share, different = len(clear) / len(part), len({pair for pair, _ in clear})
+        rows.append([share, different, np.mean(totals or np.nan), np.mean(values or np.nan)])
+    return np.array(rows)
 
 
 def draw(groups):
-    """What the Challenger asks, over the iterations. groups: {label: pairs of each run}"""
+    """What the Challenger asks, over the iterations. groups: {label: what each run asked}"""
     figure, panels = evaluation.new_figure(2, 2, 3)
     panels[0].set(title="share of queries that ask for one clear sum", ylim=(-0.02, 1.02))
     panels[1].set(title="mean of the sums that they ask for")
     for label, runs in groups.items():
-        values = [blocks(pairs) for pairs in runs]
+        values = [blocks(plays, 5) for plays in runs]
         shortest = min(map(len, values))  # a run may be unfinished
-        values = np.stack([each[:shortest] for each in values])  # (seeds, blocks, 2)
-        for n, axes in enumerate(panels):
+        values = np.stack([each[:shortest] for each in values])  # (seeds, blocks, 4)
+        for n, axes in zip((0, 2), panels, strict=True):
             axes.set_xlabel("iteration")
             evaluation.draw_band(axes, 2 + 5 * np.arange(values.shape[1]), values[:, :, n], label)
     return figure
@@ -119,21 +126,29 @@ def main(argv=None):
     print(f"{'':16}", *(f"{name:>11}" for name in HEAD.split("|")))
     for name in args.models:
         is_run = Path(name, "plays.jsonl").exists()
-        if name not in found:
-            found[name] = measure(f"{name}/checkpoint" if is_run else name, alpaca)
+        plays = asked(name) if is_run else []
+        key = f"{name}, {len(plays)} iterations"
+        if key not in found:
+            found[key] = measure(f"{name}/checkpoint" if is_run else name, alpaca)
             lsp.write_atomically(log, json.dumps(found))
-        pairs = asked(name) if is_run else []
-        known = {pair for row in pairs for pair in row}
-        row = [*shares(found[name]["right"], known), found[name]["subject"], found[name]["log_pi"]]
+        known = {pair for row in plays for pair, _ in row if pair}
+        row = [*shares(found[key]["right"], known), found[key]["subject"], found[key]["log_pi"]]
         print(f"{Path(name).name:16}", *(f"{x:11.3f}" for x in row), flush=True)
         group = Path(name).name.rpartition("-")[0]
         rows.setdefault(group, []).append(row)
-        runs.setdefault(group, []).extend([pairs] if is_run else [])
+        if is_run:
+            runs.setdefault(group, {})[Path(name).name] = plays
     for group, values in rows.items():
+        if len(values) == 1:
+            continue
         mean, error = evaluation.mean_and_error(np.array(values))
         for label, numbers in (("mean", mean), ("error", error)):
             print(f"{group + ' ' + label:16}", *(f"{x:11.3f}" for x in numbers))
-    asking = {group: some for group, some in runs.items() if some and group != "grpo"}
+    print(f"\n{'from iteration':16}", *(f"{name:>11}" for name in ASKED))
+    for name, plays in [item for some in runs.values() for item in some.items()]:
+        for n, values in enumerate(blocks(plays, 10)):
+            print(f"{name + ' ' + str(10 * n):16}", *(f"{x:11.3f}" for x in values))
+    asking = {group: [*some.values()] for group, some in runs.items() if group != "grpo"}
     evaluation.save_figure(draw(asking), Path(args.out, "sums.png"))
 
 

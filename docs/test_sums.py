@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -34,31 +35,48 @@ def test_shares_are_of_all_held_out_sums_and_of_those_that_the_run_never_asked()
     pairs = sums_report.SMALL + sums_report.LARGE
     right = {f"{a} {b}": [float(draw.random() < p) for p in (0.1, 0.5, 0.9)] for a, b in pairs}
     known = {*draw.sample(pairs, 50), (4, 123)}
-    wanted, new = [], []
+    wanted, both, new = [], [], []
     for some in (sums_report.SMALL, sums_report.LARGE):
         for n in range(3):
             wanted.append(sum(right[f"{a} {b}"][n] for a, b in some) / len(some))
-        unseen = [right[f"{a} {b}"] for a, b in some if (a, b) not in known]
-        new.append(sum(map(sum, unseen)) / len(unseen) / 3)
-    assert sums_report.shares(right, known) == approx(wanted + new)
-    assert np.isnan(sums_report.shares(right, {*pairs})[6:]).all()
+        both.append(sum(wanted[-3:]) / 3)
+        unseen = []
+        for a, b in some:
+            if (a, b) not in known and (b, a) not in known:
+                unseen += right[f"{a} {b}"]
+        new.append(sum(unseen) / len(unseen))
+    assert sums_report.shares(right, known) == approx(wanted + both + new)
+    assert np.isnan(sums_report.shares(right, {*pairs})[8:]).all()
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A run of seven iterations of two queries; one of them asks for a sum up to iteration 4."""
-    queries = [("3 + 4" if n < 5 else "no sum", f"what is {n}?") for n in range(7)]
-    records = [{"iteration": n, "query": query} for n, pair in enumerate(queries) for query in pair]
+    """A run of twelve iterations of two queries; one of them asks for a sum up to iteration 4."""
+    queries = [("3 + 4" if n < 5 else "no sum", f"what is {n}?") for n in range(12)]
+    records = [
+        {"iteration": n, "query": query, "V": n / 4}
+        for n, pair in enumerate(queries)
+        for query in pair
+    ]
     (tmp_path / "lsp-0").mkdir()
     log = tmp_path / "lsp-0/plays.jsonl"
     log.write_text("".join(json.dumps(record) + "\n" for record in records))
     return log.parent
 
 
-def test_blocks_hold_the_share_of_clear_sums_and_their_mean(run):
-    pairs = sums_report.asked(run)
-    assert pairs == [[(3, 4), None]] * 5 + [[None, None]] * 2
-    assert np.array_equal(sums_report.blocks(pairs), [[0.5, 7], [0, np.nan]], equal_nan=True)
+def test_blocks_hold_the_share_of_clear_sums_their_variety_and_their_means(run):
+    plays = sums_report.asked(run)
+    assert plays[0] == [((3, 4), 0), (None, 0)] and plays[6] == [(None, 1.5)] * 2
+    wanted = [[0.5, 1, 7, 0.5], *[[0, 0, np.nan, np.nan]] * 2]
+    assert np.array_equal(sums_report.blocks(plays, 5), wanted, equal_nan=True)
+    plays[1][1] = ((1, 12), 0.5)
+    wanted = [
+        [0.75, 2, 9, 0.25],
+        [0.5, 1, 7, 0.625],
+        [0.25, 1, 7, 1],
+        *[[0, 0, np.nan, np.nan]] * 3,
+    ]
+    assert np.array_equal(sums_report.blocks(plays, 2), wanted, equal_nan=True)
 
 
 def test_the_report_measures_each_model_once_and_counts_as_a_loop_does(run, capsys, monkeypatch):
@@ -71,12 +89,23 @@ def test_the_report_measures_each_model_once_and_counts_as_a_loop_does(run, caps
     rows = [{"instruction": f"Name river {n}", "output": "The Nile. " * n} for n in range(1, 61)]
     (run.parent / "alpaca.json").write_text(json.dumps(rows))
     flags = ["--alpaca", str(run.parent / "alpaca.json"), "--out", str(run.parent / "report")]
+    sums_report.main([*flags, "base", str(run)])
+    assert " mean " not in capsys.readouterr().out.split("from iteration")[0].split("\n", 1)[1]
+    other = shutil.copytree(run, run.parent / "lsp-1")
     for _ in range(2):
-        sums_report.main([*flags, "base", str(run)])
-        table = capsys.readouterr().out
-        assert "lsp-0 " in table and "lsp error" in table and "sums.png: written" in table
-    assert loaded == ["base", f"{run}/checkpoint"]
+        sums_report.main([*flags, "base", str(run), str(other)])
+        table, asked = capsys.readouterr().out.split("from iteration")
+        lines = {line[:16].strip(): line[16:].split() for line in table.splitlines()}
+        assert lines["lsp mean"] == lines["lsp-0"] == lines["lsp-1"]
+        assert {*lines["lsp error"]} == {"0.000"} and "sums.png: written" in asked
+        assert f"{'lsp-1 0':16}{'0.250':>12}{'1.000':>12}{'7.000':>12}{'0.500':>12}" in asked
+        assert f"{'lsp-1 10':16}{'0.000':>12}{'0.000':>12}{'nan':>12}{'nan':>12}" in asked
+    with (other / "plays.jsonl").open("a") as log:
+        log.write('{"iteration": 12, "query": "1 + 1", "V": 0.0}\n')
+    sums_report.main([*flags, "base", str(run), str(other)])
+    assert loaded == ["base", f"{run}/checkpoint", *[f"{other}/checkpoint"] * 2]
     found = json.loads((run.parent / "report/held_out.json").read_text())
+    found = {key.partition(",")[0]: values for key, values in found.items()}
     assert found["base"] == found[str(run)] and len(found["base"]["right"]) == 181
     log_probs = []
     for row in rows:
