@@ -106,6 +106,8 @@ def draw(groups):
         values = np.stack([each[:shortest] for each in values])  # (seeds, blocks, 4)
         for n, axes in zip((0, 2), panels, strict=True):
             axes.set_xlabel("iteration")
+            if np.isnan(values[:, :, n]).any():  # five iterations without a clear sum: draw nothing
+                values[:, :, n] = np.nan
             evaluation.draw_band(axes, 2 + 5 * np.arange(values.shape[1]), values[:, :, n], label)
     return figure
 
