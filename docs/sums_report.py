@@ -112,6 +112,10 @@ def draw(groups):
     return figure
 
 
+def print_row(label, numbers):
+    print(f"{label:16}", *(f"{x:11.3f}" for x in numbers), flush=True)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser("sums_report.py")
     parser.add_argument("models", nargs="+")
@@ -135,7 +139,7 @@ def main(argv=None):
             lsp.write_atomically(log, json.dumps(found))
         known = {pair for row in plays for pair, _ in row if pair}
         row = [*shares(found[key]["right"], known), found[key]["subject"], found[key]["log_pi"]]
-        print(f"{Path(name).name:16}", *(f"{x:11.3f}" for x in row), flush=True)
+        print_row(Path(name).name, row)
         group = Path(name).name.rpartition("-")[0]
         rows.setdefault(group, []).append(row)
         if is_run:
@@ -144,12 +148,12 @@ def main(argv=None):
         if len(values) == 1:
             continue
         mean, error = evaluation.mean_and_error(np.array(values))
-        for label, numbers in (("mean", mean), ("error", error)):
-            print(f"{group + ' ' + label:16}", *(f"{x:11.3f}" for x in numbers))
+        print_row(f"{group} mean", mean)
+        print_row(f"{group} error", error)
     print(f"\n{'from iteration':16}", *(f"{name:>11}" for name in ASKED))
     for name, plays in [item for some in runs.values() for item in some.items()]:
         for n, values in enumerate(blocks(plays, 10)):
-            print(f"{name + ' ' + str(10 * n):16}", *(f"{x:11.3f}" for x in values))
+            print_row(f"{name} {10 * n}", values)
     asking = {group: [*some.values()] for group, some in runs.items() if group != "grpo"}
     evaluation.save_figure(draw(asking), Path(args.out, "sums.png"))
 
