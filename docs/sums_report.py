@@ -71,6 +71,14 @@ def asked(run):
     return [*plays.values()]
 
 
+def known_pairs(run):
+    """The pairs that a run asked for, and those of the run that it started from."""
+    if not Path(run, "plays.jsonl").exists():  # a model
+        return set()
+    model = json.loads(lsp.read_text(Path(run, "config.json")))["model"]
+    return {pair for row in asked(run) for pair, _ in row if pair} | known_pairs(Path(model).parent)
+
+
 def shares(right, known):
     """Ten shares of right answers: to sums of 1 to 9 and of 10 to 99 in each wording, to both in
     all wordings together, and to those of them that are not among the known pairs, in either
@@ -137,8 +145,8 @@ def main(argv=None):
         if key not in found:
             found[key] = measure(f"{name}/checkpoint" if is_run else name, alpaca)
             lsp.write_atomically(log, json.dumps(found))
-        known = {pair for row in plays for pair, _ in row if pair}
-        row = [*shares(found[key]["right"], known), found[key]["subject"], found[key]["log_pi"]]
+        right, subject, log_pi = (found[key][part] for part in ("right", "subject", "log_pi"))
+        row = [*shares(right, known_pairs(name)), subject, log_pi]
         print_row(Path(name).name, row)
         group = Path(name).name.rpartition("-")[0]
         rows.setdefault(group, []).append(row)

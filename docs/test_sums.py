@@ -59,6 +59,7 @@ def run(tmp_path):
         for query in pair
     ]
     (tmp_path / "lsp-0").mkdir()
+    (tmp_path / "lsp-0/config.json").write_text('{"model": "hub/id"}')
     log = tmp_path / "lsp-0/plays.jsonl"
     log.write_text("".join(json.dumps(record) + "\n" for record in records))
     return log.parent
@@ -77,6 +78,15 @@ def test_blocks_hold_the_share_of_clear_sums_their_variety_and_their_means(run):
         *[[0, 0, np.nan, np.nan]] * 3,
     ]
     assert np.array_equal(sums_report.blocks(plays, 2), wanted, equal_nan=True)
+
+
+def test_pairs_are_known_that_a_run_asked_and_those_that_its_first_model_had_asked(run):
+    assert sums_report.known_pairs(run) == {(3, 4)} and sums_report.known_pairs("hub/id") == set()
+    later = shutil.copytree(run, run.parent / "lsp-lsp-0")
+    (later / "config.json").write_text(json.dumps({"model": f"{run}/checkpoint"}))
+    play = {"iteration": 0, "query": "20 + 5", "V": 0.0}
+    (later / "plays.jsonl").write_text(json.dumps(play) + "\n")
+    assert sums_report.known_pairs(later) == {(3, 4), (20, 5)}
 
 
 def test_the_report_measures_each_model_once_and_counts_as_a_loop_does(run, capsys, monkeypatch):
