@@ -18,16 +18,12 @@ the self-reward R_Q, keeps the play from falling into nonsense. There is no trai
     python lsp.py --variant lsp                  with the self-reward R_Q (LSP)
     python lsp.py --variant grpo --prompts FILE  the baseline with data (GRPO); the toy has its own
 
-A GPU of 75 GiB plays the paper's game with Llama-3.2-3B-Instruct. A smaller GPU plays a smaller
-game; without a GPU the same code plays a toy game in a minute. What is simplified, or left open by
-the paper and decided here, is marked `# OPEN:` where it happens. The main points:
+A GPU of 75 GiB plays the paper's game with Llama-3.2-3B-Instruct, and a CPU a toy game in a minute.
+What is simplified, or left open by the paper, is marked `# OPEN:` where it happens. Above all:
   1. Each sample is used for one gradient step: PPO's old policy and clipped ratio are not needed.
   2. Advantages are only centred. TRL, Hugging Face's RL library, also divided by the deviation.
   3. The KL is estimated per token (see kl_penalty). Its gradient is that of each token's own KL.
   4. A sequence's loss is the mean over its tokens; the formula's literal sum is an option.
-  5. Tokens are sampled from exactly the pi of the loss: temperature 1, no top-k, no top-p.
-  6. Every query is played, even one that misses its format.
-  7. With several GPUs each plays a game of its own, and their gradients are averaged.
 Sections: 1 formulas, 2 self_play, 3 prompts, 4 log-probabilities, 5 sampler, 6 rewards, 7 update,
 8 settings, 9 run folder, 10 toy game, 11 command line.
 """
@@ -112,8 +108,7 @@ def policy_loss(
     """
     # OPEN: "mean" is GRPO's. "sum" has the literal gradient of the reward term, because a
     # sequence's log pi is the sum over its tokens; beta then weighs the KL of a whole sequence.
-    if length_norm not in ("mean", "sum"):
-        raise ValueError(f"length_norm: {length_norm!r}")
+    assert length_norm in ("mean", "sum"), length_norm
     log_probs = log_probs.masked_fill(~mask, 0.0)  # inf in the padding: times 0 it would be nan
     ref_log_probs = ref_log_probs.masked_fill(~mask, 0.0)
     gain = unit_ratio(log_probs) * advantage[:, None]
@@ -426,9 +421,11 @@ class RewardModel:
 
 def call_reward(reward, prompts, completions):
     """A reward's values, checked: a finite number per exchange. Two lists of B texts -> (B,)"""
-    with torch.no_grad():
-        values = [float(value) for value in reward(prompts=prompts, completions=completions)]
     name = getattr(reward, "__name__", repr(reward))
+    with torch.no_grad():
+        values = reward(prompts=prompts, completions=completions)
+    with naming(f"the reward {name}: no number for each exchange:", TypeError, ValueError):
+        values = [float(value) for value in values]
     if len(values) != len(prompts):
         raise UserError(f"the reward {name} gave {len(values)} values for {len(prompts)} exchanges")
     for value, *exchange in zip(values, prompts, completions, strict=True):
@@ -585,6 +582,7 @@ def read_settings(argv=None):
         print(f"model: {base['model']}, because {why}; --model names another")
     parser.set_defaults(**{"dtype": str(dtype).removeprefix("torch."), **base})
     config = parser.parse_args(argv)
+    config.nproc_per_node = PROCESSES  # torchrun's flag; kept, because resuming must not change it
     check_settings(config, saved)
     return config
 
@@ -602,10 +600,9 @@ def check_settings(config, saved):
             problems[name] = "a group of one is its own mean, and teaches nothing"
         if name in saved.keys() - free and value != saved[name]:
             problems[name] = f"the run to --resume has {saved[name]}"
-    if config.prompts and not grpo:
-        problems["prompts"] = "only --variant grpo reads queries from a file"
-    if config.judge and config.variant != "lsp":
-        problems["judge"] = "only --variant lsp has a judge"
+    for name, variant in (("prompts", "grpo"), ("judge", "lsp")):
+        if getattr(config, name) and config.variant != variant:
+            problems[name] = f"it is for --variant {variant} alone"
     if config.template.count("{input}") != 1:
         problems["template"] = "it needs {input} once, where the query stands"
     if not saved and config.out and Path(config.out).is_dir() and os.listdir(config.out):
@@ -720,15 +717,15 @@ def load_function(spec):
     if not path.endswith(".py"):
         return None
     file = Path(path).resolve()
-    if not file.is_file():
-        raise UserError(f"{spec}: there is no such file")
+    if not file.is_file() or "." in file.stem:
+        raise UserError(f"{spec}: there is no such file, or its name has a second dot")
     if getattr(sys.modules.get(file.stem), "__file__", "") != str(file):
         sys.modules.pop(file.stem, None)  # the file may have the name of a module that is there
     sys.path.insert(0, str(file.parent))  # as `python FILE` does, for itself and its processes
-    module = importlib.import_module(file.stem)
-    if not callable(getattr(module, name, None)):
+    function = getattr(importlib.import_module(file.stem), name, None)
+    if not callable(function):
         raise UserError(f"{spec}: this file has no such function")
-    return getattr(module, name)
+    return function
 
 
 # 10. Toy game: a Llama of 0.1 M parameters that has done some homework ---------------------------
@@ -888,6 +885,8 @@ def load_game(config):
     elif config.variant == "grpo":
         raise UserError("--prompts: --variant grpo needs a file of queries")
     if name != "toy":
+        if getattr(load_parts(name)[1], "quantization_config", None):
+            raise UserError(f"--model {name}: it is quantized, so most weights cannot be trained")
         check_lengths(config, name, prompts, judge_name, "" if reward else config.reward)
     data = random.Random(f"{config.seed}/data").sample(prompts, len(prompts))
     data = [text for _, text in data[RANK::PROCESSES] or data]  # each process has its own part
@@ -935,27 +934,28 @@ def train(config):
 
 def play_run(game, config, folder, start):
     """Plays, logs and saves: every k iterations, every ten minutes and on every way out."""
-    done = saved = start
-    since = saved_at = time.monotonic()
+    done, saved, saved_at, since = start, start, time.monotonic(), time.monotonic()
     bar = tqdm(total=config.iterations, initial=start, desc="play", disable=RANK > 0)
     try:
         for play in self_play(**game, config=config, start=start):
             record = metrics(play, game, time.monotonic() - since)
             write_logs(folder, play, record)
-            done, since = play.iteration + 1, time.monotonic()
+            done = play.iteration + 1
             shown = ("reward", "quality", "kl_solver", "accuracy")
             bar.set_postfix({name: record[name] for name in shown if name in record})
             bar.update()
-            if RANK == 0 and (done % config.save_every == 0 or since - saved_at > 600):
+            if RANK == 0 and (done % config.save_every == 0 or time.monotonic() - saved_at > 600):
                 save_checkpoint(folder, game, done)
-                saved, saved_at = done, since
+                saved, saved_at = done, time.monotonic()
+            since = time.monotonic()
     finally:
         bar.close()
         if RANK == 0 and game["optimizer"].begun == done > saved:  # not in the middle of a step
             save_checkpoint(folder, game, done)
             saved = done
         if RANK == 0 and done < config.iterations:
-            print(f'saved {saved} iterations; go on: python lsp.py --resume --out "{config.out}"')
+            by = f"torchrun --nproc-per-node {PROCESSES}" if PROCESSES > 1 else "python"
+            print(f'saved {saved} iterations; go on: {by} lsp.py --resume --out "{config.out}"')
 
 
 def metrics(play, game, seconds):
@@ -1033,11 +1033,11 @@ def run_main(main):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # for growing caches
-    if PROCESSES > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group(timeout=timedelta(hours=1))  # process 0 saves 45 GB
     try:
+        if PROCESSES > 1:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.distributed.init_process_group(timeout=timedelta(hours=1))  # to save 45 GB
         main()
     except UserError as error:
         print("error:", error, file=sys.stderr)
