@@ -1,11 +1,11 @@
 """What runs of the game of sums have learned, and what their Challengers asked.
 
-    python docs/sums_report.py --alpaca OUTPUTS.json --out DIR MODEL RUN ...
+    python docs/sums_report.py --alpaca OUTPUTS.json --out DIR [--tokens 16] MODEL RUN ...
 
 MODEL: a hub id or folder, to begin with. RUN: a run folder that is named VARIANT-SEED.
 OUTPUTS.json: another model's answers to AlpacaEval's instructions, as AlpacaEval has them in
-results/alpaca-7b/model_outputs.json. What was measured stands in DIR/held_out.json, and is not
-measured again until a run has more iterations.
+results/alpaca-7b/model_outputs.json. --tokens: an answer to a sum is cut off here. What was
+measured stands in DIR/held_out.json, and is not measured again until a run has more iterations.
 """
 
 import argparse
@@ -31,7 +31,7 @@ HEAD = "1-9: plus|What +|a + b|10-99: plus|What +|a + b|1-9|10-99|1-9 new|10-99 
 ASKED = ("clear sums", "different", "mean sum", "R on them")
 
 
-def measure(name, alpaca):
+def measure(name, alpaca, max_tokens):
     """Of one model, at the temperature of AlpacaEval and in bf16. right: {"3 4": [1.0, 0.0, 1.0],
     ...}, whether it adds up a pair of numbers in each wording. subject: the share of its answers to
     the instructions of `alpaca` that hold a word of them. log_pi: its mean log pi per token of the
@@ -47,7 +47,7 @@ def measure(name, alpaca):
     pairs, right = SMALL + LARGE, []
     for wording in WORDINGS:
         queries = [wording.format(*pair) for pair in pairs]
-        right.append(sums.right_sum(queries, answer(queries, 16)))
+        right.append(sums.right_sum(queries, answer(queries, max_tokens)))
     instructions = [row["instruction"] for row in alpaca]
     texts = zip(instructions, answer(instructions, 64), strict=True)
     words = [[set(re.findall("[a-z]{4,}", text.lower())) for text in pair] for pair in texts]
@@ -129,6 +129,7 @@ def main(argv=None):
     parser.add_argument("models", nargs="+")
     parser.add_argument("--alpaca", required=True)
     parser.add_argument("--out", required=True)
+    parser.add_argument("--tokens", type=int, default=16)
     args = parser.parse_args(argv)
     alpaca = random.Random(0).sample(
         evaluation.read_rows(args.alpaca, ["instruction", "output"]), 60
@@ -141,9 +142,10 @@ def main(argv=None):
     for name in args.models:
         is_run = Path(name, "plays.jsonl").exists()
         plays = asked(name) if is_run else []
-        key = f"{name}, {len(plays)} iterations"
+        key = f"{name}, {len(plays)} iterations, {args.tokens} tokens"
         if key not in found:
-            found[key] = measure(f"{name}/checkpoint" if is_run else name, alpaca)
+            model = f"{name}/checkpoint" if is_run else name
+            found[key] = measure(model, alpaca, args.tokens)
             lsp.write_atomically(log, json.dumps(found))
         right, subject, log_pi = (found[key][part] for part in ("right", "subject", "log_pi"))
         row = [*shares(right, known_pairs(name)), subject, log_pi]
@@ -163,7 +165,8 @@ def main(argv=None):
         for n, values in enumerate(blocks(plays, 10)):
             print_row(f"{name} {10 * n}", values)
     asking = {group: [*some.values()] for group, some in runs.items() if group != "grpo"}
-    evaluation.save_figure(draw(asking), Path(args.out, "sums.png"))
+    if asking:
+        evaluation.save_figure(draw(asking), Path(args.out, "sums.png"))
 
 
 if __name__ == "__main__":

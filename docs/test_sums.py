@@ -124,3 +124,10 @@ def test_the_report_measures_each_model_once_and_counts_as_a_loop_does(run, caps
         with torch.no_grad():
             log_probs += test_lsp.plain_log_probs(model, prompt, ids).tolist()
     assert found["base"]["log_pi"] == approx(sum(log_probs) / len(log_probs), rel=1e-3)
+    lengths, sample = [], sums_report.lsp.sample
+    monkeypatch.setattr(
+        sums_report.lsp, "sample", lambda *a: [*map(lengths.append, (a[3],))] and sample(*a)
+    )
+    (run.parent / "report/sums.png").unlink()
+    sums_report.main([*flags, "base", "--tokens", "3"])  # a model alone has no picture
+    assert lengths == [3, 3, 3, 64] and not (run.parent / "report/sums.png").exists()
