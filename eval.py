@@ -6,7 +6,7 @@
     python eval.py plot RUN_DIR ... --out runs.png             learning curves (or --win-rates)
     python eval.py plays RUN_DIR --worst                       queries, answers and rewards
     python eval.py figures                                     the paper's experiments on the toy
-    python eval.py plan --variant lsp                          a run's memory, work, disk and time
+    python eval.py plan --variant lsp --model ID               a run's memory, work, disk and time
 
 Outputs and annotations are `alpaca_eval`'s files. After a kill, `generate` and `judge` go on from
 what is done: it is in FILE.progress.jsonl. The key of an endpoint is in OPENAI_API_KEY.
@@ -73,17 +73,18 @@ def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def version(name):
-    """A name, and the times of its files: a run may go on, a function be edited."""
+def version(name, out):
+    """A name, and the times of its files, `out` left out: a run may go on, a function be edited."""
     path = Path(re.sub(r"^reward:|(?<=\.py):.*", "", name))
     files = [path] if path.is_file() else sorted(path.glob("*"))
-    return [name, *(file.stat().st_mtime_ns for file in files)]
+    own = [Path(out).name + end for end in ("", ".lock", ".part", ".progress.jsonl")]
+    return [name, *(file.stat().st_mtime_ns for file in files if file.name not in own)]
 
 
 def with_progress(out, kind, settings, items, work, *arguments):
     """A record per item. OUT.progress.jsonl holds those that were made before, each under a digest
-    of all that it depends on. work({key: item}, *arguments) yields (key, record) for the others,
-    and for those with an `error` again. kind: a field that all records have."""
+    of `settings` and item. work({key: item}, *arguments) yields (key, record) for the others, and
+    for those with an `error` again. kind: a field that all records have."""
     path, failures = Path(f"{out}.progress.jsonl"), 0
     foreign = f"--out {out}: not written by this command; name another or move it away"
     if Path(out).exists() and not path.exists():
@@ -93,20 +94,25 @@ def with_progress(out, kind, settings, items, work, *arguments):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(f"{out}.lock", timeout=0).acquire()
         file = open(path, "ab", buffering=0)
+    if Path(out).is_dir():
+        raise UserError(f"--out {out}: this is a folder; name a file")
     with lock, file:
         file.truncate(path.read_bytes().rfind(b"\n") + 1)  # a kill can tear the last line
         rows = lsp.read_jsonl(path)
         if any(kind not in row for row in rows):
             raise UserError(foreign)
         records = {row["key"]: row for row in rows if "error" not in row}
+        failed = {row["key"] for row in rows if "error" in row}
         rest = {key: item for key, item in zip(keys, items, strict=True) if key not in records}
         if not rest:
             print(f"{out}: all {len(keys)} were there already, so nothing was asked")
             return [records[key] for key in keys]
         for key, record in tqdm(work(rest, *arguments), desc=str(out), total=len(rest)):
-            file.write(lsp.as_jsonl([{"key": key, **record}]).encode())
+            with naming(f"--out {out}: cannot save:", OSError):
+                file.write(lsp.as_jsonl([{"key": key, **record}]).encode())
             records[key] = record
-            failures = failures + 1 if "error" in record and "too_long" not in record else 0
+            if key not in failed:  # one that fails for good must not end every try
+                failures = failures + 1 if "error" in record and "too_long" not in record else 0
             if failures == MAX_FAILURES:
                 raise UserError(f"{failures} pairs in a row without a reply: {record['error']}")
     return [records[key] for key in keys]
@@ -144,7 +150,7 @@ def chat(chats, name, max_new_tokens, temperature):
     for start in range(0, len(keys), BATCH):
         batch = keys[start : start + BATCH]
         ids = [prompts[key] for key in batch]
-        torch.manual_seed(int(digest(batch)[:15], 16))  # the same answers after a kill
+        torch.manual_seed(int(digest(batch)[:15], 16))  # a batch starts alike, whatever came before
         replies = lsp.sample(model, tokenizer, ids, max_new_tokens, temperature)
         for key, reply in zip(batch, replies, strict=True):
             text, cut_off = lsp.decode(tokenizer, reply), reply[-1] not in ends
@@ -153,14 +159,14 @@ def chat(chats, name, max_new_tokens, temperature):
 
 def generate(args):
     """Writes one answer per AlpacaEval instruction, in their order."""
-    with naming("--instructions is left out, and the hub says:", OSError):
+    with naming("--instructions is left out, and the hub says:", OSError, HTTPError):
         file = "tatsu-lab/alpaca_eval", "alpaca_eval.json"
         path = args.instructions or hf_hub_download(*file, repo_type="dataset")
     rows = read_rows(path, ["instruction"])
     count = min(args.limit or len(rows), len(rows))
     rows = [rows[i * len(rows) // count] for i in range(count)]  # evenly: some of every subset
     chats = [[{"role": "user", "content": lsp.join_input(row)}] for row in rows]
-    settings = [version(args.model), TEMPERATURE, args.max_new_tokens]
+    settings = [version(args.model, args.out), TEMPERATURE, args.max_new_tokens]
     asked = args.model, args.max_new_tokens, TEMPERATURE
     records = with_progress(args.out, "output", settings, chats, chat, *asked)
     answers = []
@@ -203,7 +209,7 @@ def shown(pair):
 
 def judge_messages(pair):
     """The judge's chat. It is one user turn: some chat templates know no system role. Without a <
-    no text can end its own tag, or plant a verdict or a turn."""
+    no text can end its own tag, or plant a verdict."""
     a, b = shown(pair)
     texts = pair["instruction"], pair[f"output_{a}"], pair[f"output_{b}"]
     content = JUDGE_PROMPT.format(*(text.replace("<", "&lt;") for text in texts))
@@ -283,8 +289,9 @@ def ask(pair, args, api_key):
             continue
         status, completion = response.status_code, read_completion(response.content)
         if status == 200 and completion:
-            text, cut_off = completion
-            return judged(pair, text.replace(api_key, "***"), cut_off, args.max_new_tokens)
+            record = judged(pair, *completion, args.max_new_tokens)
+            said = record.get("reply", "").replace(api_key, "***")
+            return record | ({"reply": said} if said else {})
         said = "sent no chat completion" if status == 200 else f"says HTTP {status}"
         failure = f"{url} {said}: {server_words(response.text, api_key)}"
         if status in (401, 402, 403):  # so it would say for every pair
@@ -304,6 +311,8 @@ def endpoint_records(pairs, args):
     if not re.fullmatch(r"[!-~]+", api_key):  # it is not shown
         raise UserError("OPENAI_API_KEY: this environment variable holds something else than a key")
     get_session().event_hooks = {}  # HF_HUB_OFFLINE means the Hub, not a judge on this machine
+    with naming(f"--base-url {args.base_url}:", Exception):
+        get_session().build_request("POST", args.base_url).url.host.encode("idna")
     with multiprocessing.pool.ThreadPool(args.workers) as pool:  # daemons: the end waits for none
         yield from pool.imap_unordered(lambda key: (key, ask(pairs[key], args, api_key)), pairs)
 
@@ -326,10 +335,9 @@ def reward_records(pairs, args):
     limit = lsp.position_limit(reward.model.config) if is_model else math.inf
     for key, pair in pairs.items():
         question, outputs = pair["instruction"], [pair["output_1"], pair["output_2"]]
-        tokens = 0
+        user, tokens = {"role": "user", "content": question}, 0
         for output in outputs if is_model else ():
-            messages = [{"role": "user", "content": question}]
-            messages += [{"role": "assistant", "content": output}]
+            messages = [user, {"role": "assistant", "content": output}]
             tokens = max(tokens, len(lsp.encode_chat(reward.tokenizer, messages, False)))
         if tokens > limit:
             why = f"{tokens} tokens, but {name} takes {limit}"
@@ -363,7 +371,7 @@ def judge(args):
     differ = [pair for pair in pairs if pair["output_1"] != pair["output_2"]]  # else a draw
     texts = ("instruction", "output_1", "output_2")
     items = [{key: pair[key] for key in texts} for pair in differ]
-    settings = [version(args.judge), args.local, args.max_new_tokens, JUDGE_PROMPT]
+    settings = [version(args.judge, args.out), args.local, args.max_new_tokens, JUDGE_PROMPT]
     ask_all = chat_records if args.local else endpoint_records
     ask_all = reward_records if args.judge.startswith("reward:") else ask_all
     records = with_progress(args.out, "preference", settings, items, ask_all, args)
@@ -434,7 +442,7 @@ def save_figure(figure, path):
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     with naming(f"--out {path}:", OSError, ValueError):  # a ValueError: the suffix is unknown
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=100, facecolor="white")
+        figure.savefig(path, dpi=100, facecolor="white", format=Path(path).suffix[1:] or "png")
     print(f"{path}: written")
 
 
@@ -457,7 +465,8 @@ def draw_runs(folders):
             known = [(row["iteration"], row[key]) for row in run if row.get(key) is not None]
             points = np.array(known or [(math.nan, math.nan)])  # nothing keeps its colour, too
             axes.plot(*smooth(points.T), "o-", markersize=3, label=folder)
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))  # a small change must not look large
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(0, low), max(0, high))  # a small change must not look large
     return figure
 
 
@@ -490,7 +499,7 @@ def plays(args):
     latest_first = lsp.read_jsonl(Path(args.run_dir, "plays.jsonl"))[::-1]
     chosen = [play for play in latest_first if args.iteration in (None, play["iteration"])]
     if not chosen:
-        raise UserError(f"--iteration {args.iteration}: no such plays in {args.run_dir}")
+        raise UserError(f"{args.run_dir}: no plays, or none of --iteration {args.iteration}")
     if args.worst:
         chosen.sort(key=lambda play: play["V"])
     for play in chosen[: args.count]:
@@ -552,7 +561,7 @@ def mean_and_error(values):
 
 
 def judge_accuracy(run):
-    """How often the judge of a run gives exchanges from outside its homework the right grade."""
+    """How often the judge of a run gives freshly drawn exchanges the right grade."""
     draw = random.Random(10**6)
     queries, answers, grades = zip(*(lsp.toy_exchange(draw) for _ in range(1000)), strict=True)
     judge = lsp.SelfReward(*lsp.load_model(run / "reference", "cpu", torch.float32))
@@ -586,10 +595,9 @@ def draw_judges(judges):
     """What LSP comes to with each judge. judges: {label: (seeds, 4)}"""
     figure, [axes] = new_figure(1, 1, 4)
     values = np.stack([*judges.values()], axis=1)  # (seeds, judges, 4)
-    draw_band(axes, [*judges], values[:, :, 0], "accuracy")
-    draw_band(axes, [*judges], values[:, :, 1], "share of well-formed queries")
-    draw_band(axes, [*judges], values[:, :, 3] / 7, "R_Q / 7")
-    axes.set_xlabel("judge: share of held-out exchanges that it grades rightly")
+    for n, label in {0: "accuracy", 1: "share of well-formed queries", 3: "R_Q / 7"}.items():
+        draw_band(axes, [*judges], values[:, :, n] / (7 if n == 3 else 1), label)
+    axes.set_xlabel("judge: share of fresh exchanges that it grades rightly")
     return figure
 
 
@@ -664,7 +672,8 @@ def read_model(flag, name, dtype):
     """The Model of a hub id or folder; models much like Llama and Qwen3 are approximated."""
     with naming(f"{flag} {name} cannot be loaded:", Exception):  # the hub's errors are of all kinds
         arch = transformers.AutoConfig.from_pretrained(name).get_text_config()
-    if not hasattr(arch, "num_key_value_heads") or "experts" in str(arch):
+    sizes = hasattr(arch, "num_key_value_heads") and type(arch.intermediate_size) is int
+    if not sizes or "experts" in str(arch):
         raise UserError(f"{flag} {name}: plan knows models like Llama, not {arch.model_type}")
     H, M, V, L = arch.hidden_size, arch.intermediate_size, arch.vocab_size, arch.num_hidden_layers
     head = getattr(arch, "head_dim", None) or H // arch.num_attention_heads
@@ -705,7 +714,8 @@ def updating(m, rows, length, new_tokens, budget):
     batch = min(rows, max(1, budget // length))
     inputs = m.size * batch * length * m.L * m.H  # of every layer: what checkpointing keeps
     layer = m.size * batch * length * 8 * (m.H + m.M)  # roughly
-    logits = 3 * 4 * batch * new_tokens * m.V  # fp32: log-softmax, its gradient, the logits'
+    # fp32: log-softmax, its gradient, the logits'. After short queries more of them fit in.
+    logits = 3 * 4 * m.V * min(rows * new_tokens, max(budget, new_tokens))
     memory = {"gradients": m.size * m.weights, "layers' inputs": inputs}
     batches = math.ceil(rows / batch)
     rows = rows / batches  # on average
@@ -768,10 +778,8 @@ def plan(args):
         time = f"{likely:6.1f} s per iteration, {likely * config.iterations / 3600:6.1f} h in all"
         fits = "fits" if peak < 0.9 * gib else "DOES NOT FIT"  # CUDA's own, fragmentation
         print(f"{name:15} {time}; {peak:.1f} of {gib:.1f} GiB: {fits}")
-    reference, saved = load["weights"] / 1e9, (models[0].size + 12) * models[0].weights / 1e9
-    print(
-        f"disk: {reference:.1f} GB for the reference, {saved:.1f} for a checkpoint, two at a save"
-    )
+    kept, saved = load["weights"] / 1e9, (models[0].size + 12) * models[0].weights / 1e9
+    print(f"disk: {kept:.1f} GB for the reference, {saved:.1f} for a checkpoint, two at a save")
 
 
 # 8. Command line ---------------------------------------------------------------------------------

@@ -494,10 +494,10 @@ class MasterAdamW:
 # 8. Settings -------------------------------------------------------------------------------------
 TASK = "any instruction that people bring to a text assistant: writing, reasoning, code, advice"
 REWARD = "Skywork/Skywork-Reward-V2-Llama-3.2-3B"
-LLAMA_1B = dict(model="meta-llama/Llama-3.2-1B-Instruct", sample_tokens=53248, update_tokens=2560)
+LLAMA_1B = dict(model="meta-llama/Llama-3.2-1B-Instruct", sample_tokens=53248, update_tokens=2048)
 LLAMA_1B |= dict(reward="Skywork/Skywork-Reward-V2-Llama-3.2-1B")
 QWEN = dict(model="Qwen/Qwen3-0.6B", reward="Skywork/Skywork-Reward-V2-Qwen3-0.6B")
-QWEN |= dict(max_query_tokens=128, max_answer_tokens=256, sample_tokens=29696, update_tokens=2048)
+QWEN |= dict(max_query_tokens=128, max_answer_tokens=256, sample_tokens=29696)
 TOY = dict(model="toy", reward="toy", task="the product of two digits", template="{input}")
 TOY |= dict(num_queries=32, max_query_tokens=6, max_answer_tokens=4)
 TOY |= dict(iterations=80, beta=0.12, lr=1e-3, update_tokens=2560)
