@@ -290,8 +290,8 @@ def ask(pair, args, api_key):
         status, completion = response.status_code, read_completion(response.content)
         if status == 200 and completion:
             record = judged(pair, *completion, args.max_new_tokens)
-            said = record.get("reply", "").replace(api_key, "***")
-            return record | ({"reply": said} if said else {})
+            without_key = {k: v.replace(api_key, "***") for k, v in record.items() if k == "reply"}
+            return record | without_key
         said = "sent no chat completion" if status == 200 else f"says HTTP {status}"
         failure = f"{url} {said}: {server_words(response.text, api_key)}"
         if status in (401, 402, 403):  # so it would say for every pair
@@ -595,8 +595,9 @@ def draw_judges(judges):
     """What LSP comes to with each judge. judges: {label: (seeds, 4)}"""
     figure, [axes] = new_figure(1, 1, 4)
     values = np.stack([*judges.values()], axis=1)  # (seeds, judges, 4)
-    for n, label in {0: "accuracy", 1: "share of well-formed queries", 3: "R_Q / 7"}.items():
-        draw_band(axes, [*judges], values[:, :, n] / (7 if n == 3 else 1), label)
+    draw_band(axes, [*judges], values[:, :, 0], "accuracy")
+    draw_band(axes, [*judges], values[:, :, 1], "share of well-formed queries")
+    draw_band(axes, [*judges], values[:, :, 3] / 7, "R_Q / 7")
     axes.set_xlabel("judge: share of fresh exchanges that it grades rightly")
     return figure
 

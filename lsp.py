@@ -18,7 +18,6 @@ the self-reward R_Q, keeps the play from falling into nonsense. There is no trai
     python lsp.py --variant lsp                  with the self-reward R_Q (LSP)
     python lsp.py --variant grpo --prompts FILE  the baseline with data (GRPO); the toy has its own
 
-A GPU of 75 GiB plays the paper's game with Llama-3.2-3B-Instruct, and a CPU a toy game in a minute.
 What is simplified, or left open by the paper, is marked `# OPEN:` where it happens. Above all:
   1. Each sample is used for one gradient step: PPO's old policy and clipped ratio are not needed.
   2. Advantages are only centred. TRL, Hugging Face's RL library, also divided by the deviation.
@@ -108,7 +107,8 @@ def policy_loss(
     """
     # OPEN: "mean" is GRPO's. "sum" has the literal gradient of the reward term, because a
     # sequence's log pi is the sum over its tokens; beta then weighs the KL of a whole sequence.
-    assert length_norm in ("mean", "sum"), length_norm
+    if length_norm not in ("mean", "sum"):
+        raise ValueError(f"length_norm: {length_norm!r}")
     log_probs = log_probs.masked_fill(~mask, 0.0)  # inf in the padding: times 0 it would be nan
     ref_log_probs = ref_log_probs.masked_fill(~mask, 0.0)
     gain = unit_ratio(log_probs) * advantage[:, None]
